@@ -1,0 +1,1 @@
+//! celeriac: a Celery-compatible worker that tells who wrote a Git repository, line by line.
