@@ -1,1 +1,5 @@
 //! celeriac: a Celery-compatible worker that tells who wrote a Git repository, line by line.
+
+pub mod config;
+pub mod logging;
+pub mod protocol;
