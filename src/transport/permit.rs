@@ -1,0 +1,51 @@
+//! Counting what each user runs, over all workers of one broker.
+//!
+//! A permit is a lease: whoever holds one says so every second ([`Channel::renew_permits`]), and
+//! one that nobody speaks for ends after [`LEASE`]. A worker that dies thus gives back what it
+//! held without anybody's help. Knows nothing of tasks; who may run what is the worker's affair.
+//!
+//! [`Channel::renew_permits`]: super::Channel::renew_permits
+
+use std::time::Duration;
+
+/// How long a permit lives that is not renewed.
+pub const LEASE: Duration = Duration::from_secs(4);
+/// How often it is renewed.
+pub const RENEWAL: Duration = Duration::from_secs(1);
+
+/// What one user may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Allowance {
+    /// Tasks that run at once; 0 is without limit.
+    pub running: u64,
+    /// Tasks that start within [`Allowance::window`]; 0 is without limit.
+    pub starts: u64,
+    /// See [`Allowance::starts`].
+    pub window: Duration,
+}
+
+/// Asks for a permit.
+#[derive(Debug, Clone, Copy)]
+pub struct Ask<'a> {
+    /// Whose task it is.
+    pub user: &'a str,
+    /// Names the permit; asking twice for the same one is granted twice.
+    pub holder: &'a str,
+    /// The task's id: a task that starts again has used its start already.
+    pub task: &'a str,
+    /// What the user may do.
+    pub allowance: Allowance,
+}
+
+/// The answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answer {
+    /// It may run.
+    Granted,
+    /// So many of this user's tasks run already.
+    TooMany(u64),
+    /// So many were started already; the next may start after this time.
+    TooSoon(Duration),
+    /// This broker cannot count.
+    Unable,
+}
