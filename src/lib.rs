@@ -1,6 +1,7 @@
 //! celeriac: a Celery-compatible worker that tells who wrote a Git repository, line by line.
 
 pub mod config;
+pub mod database;
 pub mod logging;
 pub mod protocol;
 pub mod transport;

@@ -1,0 +1,2 @@
+DROP TABLE contributors;
+DROP TABLE analyses;

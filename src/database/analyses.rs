@@ -1,0 +1,306 @@
+//! The life of an analysis: begun, then succeeded or ended otherwise; and the questions asked
+//! about analyses.
+//!
+//! Everything goes by the task's id and may be done twice. A success is final: what comes
+//! after it neither changes its row nor is an error. A success is one transaction: row and
+//! contributors appear together or not at all.
+
+use chrono::{DateTime, Utc};
+use diesel::prelude::*;
+use diesel::sql_types::{Array, BigInt, Bool, Integer, Text};
+use diesel_async::RunQueryDsl;
+
+use super::connection::{Connection, Database, on};
+use super::error::Error;
+use super::models::{Analysis, Completed, Contributor, Ended, Row, Run, State, storable, text};
+use super::schema::{analyses, contributors};
+
+/// Contributors sent to the server in one statement.
+const CHUNK: usize = 5000;
+
+/// What [`Database::begin`] found.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Begun {
+    /// The run is entered; this is how often a worker has begun it.
+    Running {
+        /// 1 for the first time.
+        attempt: i32,
+    },
+    /// The same task has succeeded before: its message was delivered again, and the stored
+    /// result is the answer.
+    AlreadySucceeded(Box<Analysis>),
+}
+
+/// Which earlier analysis may stand for a new one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Same<'a> {
+    /// The repository.
+    pub repo_url: &'a str,
+    /// Its HEAD now.
+    pub head_commit: &'a str,
+    /// The branch asked for.
+    pub branch: Option<&'a str>,
+    /// Whether history was cut off.
+    pub shallow: bool,
+    /// Finished not before this moment.
+    pub since: DateTime<Utc>,
+}
+
+impl Database {
+    /// Enters a run as RUNNING, unless its task has succeeded before.
+    pub async fn begin(&self, run: &Run) -> Result<Begun, Error> {
+        let lease = self.lease("enter the analysis").await?;
+        let row = Row::running(run);
+        let id = row.task_id.clone();
+        lease
+            .run(async |connection| {
+                if let Some(attempt) = enter(connection, row).await? {
+                    return Ok(Begun::Running { attempt });
+                }
+                let done = on!(connection, link => analyses::table
+                    .filter(analyses::task_id.eq(&id))
+                    .select(Analysis::as_select())
+                    .first(link)
+                    .await)?;
+                Ok(Begun::AlreadySucceeded(Box::new(done)))
+            })
+            .await
+    }
+
+    /// Stores what a run found: the row and one row for each contributor, all or nothing.
+    pub async fn succeed(&self, run: &Run, completed: &Completed) -> Result<(), Error> {
+        let lease = self.lease("store the analysis").await?;
+        let found = storable(&completed.contributors);
+        let row = Row::succeeded(run, completed, found.len());
+        lease
+            .run(async |connection| {
+                connection.begin().await?;
+                let id = replace(connection, row).await?;
+                on!(connection, link => diesel::delete(
+                        contributors::table.filter(contributors::analysis_id.eq(id)))
+                    .execute(link)
+                    .await)?;
+                insert_contributors(connection, id, &found).await?;
+                connection.commit().await
+            })
+            .await
+    }
+
+    /// Stores how a run ended that did not succeed. False when it had succeeded before, and
+    /// nothing was changed.
+    pub async fn fail(&self, run: &Run, ended: &Ended) -> Result<bool, Error> {
+        let lease = self.lease("store the failure").await?;
+        let row = Row::ended(run, ended);
+        lease
+            .run(async |connection| end(connection, row).await)
+            .await
+    }
+
+    /// The analysis of a task.
+    pub async fn find(&self, task_id: &str) -> Result<Option<Analysis>, Error> {
+        let lease = self.lease("find the analysis").await?;
+        let id = text(task_id);
+        lease
+            .run(async |connection| {
+                on!(connection, link => analyses::table
+                    .filter(analyses::task_id.eq(&id))
+                    .select(Analysis::as_select())
+                    .first(link)
+                    .await
+                    .optional())
+            })
+            .await
+    }
+
+    /// The newest successful analysis that may stand for a new one.
+    pub async fn latest_for(&self, same: &Same<'_>) -> Result<Option<Analysis>, Error> {
+        let lease = self.lease("find an earlier analysis").await?;
+        let url = text(&super::models::without_credentials(same.repo_url));
+        let since = super::sql_types::Moment(same.since);
+        lease
+            .run(async |connection| {
+                on!(connection, link => analyses::table
+                    .filter(analyses::repo_url.eq(&url))
+                    .filter(analyses::head_commit.eq(same.head_commit))
+                    .filter(analyses::branch.eq(same.branch).or(
+                        analyses::branch.is_null().and(same.branch.is_none().into_sql::<Bool>())))
+                    .filter(analyses::shallow.eq(same.shallow))
+                    .filter(analyses::state.eq(State::Success.as_str()))
+                    .filter(analyses::finished_at.ge(since))
+                    .order(analyses::finished_at.desc())
+                    .select(Analysis::as_select())
+                    .first(link)
+                    .await
+                    .optional())
+            })
+            .await
+    }
+
+    /// The newest successful analysis of a whole history, whatever its commit, that may stand
+    /// for a new one if HEAD is still there.
+    pub async fn newest_for(
+        &self,
+        repo_url: &str,
+        branch: Option<&str>,
+        since: DateTime<Utc>,
+    ) -> Result<Option<Analysis>, Error> {
+        let lease = self.lease("find an earlier analysis").await?;
+        let url = text(&super::models::without_credentials(repo_url));
+        let since = super::sql_types::Moment(since);
+        lease
+            .run(async |connection| {
+                on!(connection, link => analyses::table
+                    .filter(analyses::repo_url.eq(&url))
+                    .filter(analyses::head_commit.is_not_null())
+                    .filter(analyses::branch.eq(branch).or(
+                        analyses::branch.is_null().and(branch.is_none().into_sql::<Bool>())))
+                    .filter(analyses::shallow.eq(false))
+                    .filter(analyses::state.eq(State::Success.as_str()))
+                    .filter(analyses::finished_at.ge(since))
+                    .order(analyses::finished_at.desc())
+                    .select(Analysis::as_select())
+                    .first(link)
+                    .await
+                    .optional())
+            })
+            .await
+    }
+
+    /// The analyses begun last, newest first.
+    pub async fn recent(&self, limit: i64) -> Result<Vec<Analysis>, Error> {
+        let lease = self.lease("list the analyses").await?;
+        lease
+            .run(async |connection| {
+                on!(connection, link => analyses::table
+                    .order(analyses::started_at.desc())
+                    .limit(limit)
+                    .select(Analysis::as_select())
+                    .load(link)
+                    .await)
+            })
+            .await
+    }
+
+    /// The contributors of an analysis, most lines first.
+    pub async fn contributors(&self, analysis_id: i64) -> Result<Vec<Contributor>, Error> {
+        let lease = self.lease("list the contributors").await?;
+        let rows: Vec<(String, i64)> = lease
+            .run(async |connection| {
+                on!(connection, link => contributors::table
+                    .filter(contributors::analysis_id.eq(analysis_id))
+                    .order(contributors::rank.asc())
+                    .select((contributors::email, contributors::lines))
+                    .load(link)
+                    .await)
+            })
+            .await?;
+        Ok(rows
+            .into_iter()
+            .map(|(email, lines)| Contributor { email, lines })
+            .collect())
+    }
+}
+
+/// Inserts or resets the row; `None` when it tells of a success.
+async fn enter(connection: &mut Connection, row: Row) -> QueryResult<Option<i32>> {
+    if insert_if_missing(connection, &row).await? {
+        return Ok(Some(1));
+    }
+    on!(connection, link => diesel::update(analyses::table)
+        .filter(analyses::task_id.eq(&row.task_id))
+        .filter(analyses::state.ne(State::Success.as_str()))
+        .set((&row, analyses::attempts.eq(analyses::attempts + 1)))
+        .returning(analyses::attempts)
+        .get_result::<i32>(link)
+        .await
+        .optional())
+}
+
+/// Rows are never deleted while their task runs, so that an insertion that found a row can be
+/// followed by an update without a transaction around them.
+async fn insert_if_missing(connection: &mut Connection, row: &Row) -> QueryResult<bool> {
+    let inserted = on!(connection, link => diesel::insert_into(analyses::table)
+        .values(row)
+        .on_conflict(analyses::task_id)
+        .do_nothing()
+        .execute(link)
+        .await)?;
+    Ok(inserted > 0)
+}
+
+/// Writes the row of a success over whatever is there and returns its key.
+async fn replace(connection: &mut Connection, row: Row) -> QueryResult<i64> {
+    on!(connection, link => diesel::insert_into(analyses::table)
+        .values(&row)
+        .on_conflict(analyses::task_id)
+        .do_update()
+        .set(&row)
+        .returning(analyses::id)
+        .get_result::<i64>(link)
+        .await)
+}
+
+/// Writes the end of a run, unless it tells of a success.
+async fn end(connection: &mut Connection, row: Row) -> QueryResult<bool> {
+    if insert_if_missing(connection, &row).await? {
+        return Ok(true);
+    }
+    let changed = on!(connection, link => diesel::update(analyses::table)
+        .filter(analyses::task_id.eq(&row.task_id))
+        .filter(analyses::state.ne(State::Success.as_str()))
+        .set((
+            analyses::state.eq(row.state),
+            analyses::error.eq(&row.error),
+            analyses::finished_at.eq(row.finished_at),
+            analyses::worker.eq(&row.worker),
+        ))
+        .execute(link)
+        .await)?;
+    Ok(changed > 0)
+}
+
+/// Ranks begin with 1. Both databases get whole chunks as one parameter each, so that the
+/// statement is the same whatever the number of rows.
+async fn insert_contributors(
+    connection: &mut Connection,
+    analysis: i64,
+    found: &[Contributor],
+) -> QueryResult<()> {
+    let mut rank = 0_i32;
+    for chunk in found.chunks(CHUNK) {
+        let ranks: Vec<i32> = (rank + 1..).take(chunk.len()).collect();
+        rank = ranks.last().copied().unwrap_or(rank);
+        match connection {
+            Connection::Postgres(postgres) => {
+                let emails: Vec<&str> = chunk.iter().map(|one| one.email.as_str()).collect();
+                let lines: Vec<i64> = chunk.iter().map(|one| one.lines).collect();
+                diesel::sql_query(
+                    "INSERT INTO contributors (analysis_id, rank, email, lines) \
+                     SELECT $1, new.* FROM unnest($2, $3, $4) AS new (rank, email, lines)",
+                )
+                .bind::<BigInt, _>(analysis)
+                .bind::<Array<Integer>, _>(ranks)
+                .bind::<Array<Text>, _>(emails)
+                .bind::<Array<BigInt>, _>(lines)
+                .execute(&mut postgres.link)
+                .await?;
+            }
+            Connection::Sqlite(link) => {
+                let rows: Vec<_> = ranks
+                    .iter()
+                    .zip(chunk)
+                    .map(|(rank, one)| serde_json::json!([rank, one.email, one.lines]))
+                    .collect();
+                diesel::sql_query(
+                    "INSERT INTO contributors (analysis_id, rank, email, lines) \
+                     SELECT ?, value ->> 0, value ->> 1, value ->> 2 FROM json_each(?)",
+                )
+                .bind::<BigInt, _>(analysis)
+                .bind::<Text, _>(serde_json::Value::Array(rows).to_string())
+                .execute(link)
+                .await?;
+            }
+        }
+    }
+    Ok(())
+}
