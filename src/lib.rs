@@ -2,6 +2,7 @@
 
 pub mod config;
 pub mod database;
+pub mod git;
 pub mod logging;
 pub mod protocol;
 pub mod transport;

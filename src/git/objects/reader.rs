@@ -1,0 +1,400 @@
+//! One thread's view of the objects: packs, caches and scratch memory.
+
+use std::cell::OnceCell;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use libdeflater::Decompressor;
+
+use super::cache::Cache;
+use super::delta;
+use super::pack::{Place, Storage};
+use super::{Kind, Packs};
+use crate::git::line_diff::Lines;
+use crate::git::tree::Starts;
+use crate::git::{Error, Oid, Repository};
+
+/// git writes chains of at most 4,095 deltas.
+const LONGEST_CHAIN: usize = 4_096;
+
+/// Deltas up to this size are inflated whole to learn the size of their result.
+const SMALL_DELTA: u64 = 64 * 1024;
+
+/// What an object may weigh.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// The largest commit or tree.
+    pub structure_bytes: u64,
+    /// The largest blob, intermediate results of deltas included.
+    pub blob_bytes: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits {
+            structure_bytes: 128 << 20,
+            blob_bytes: 512 << 20,
+        }
+    }
+}
+
+/// An object's bytes, and its lines once somebody has asked for them.
+#[derive(Debug)]
+pub struct Object {
+    /// What the object holds, without git's header.
+    pub bytes: Vec<u8>,
+    /// The tokens of the bytes; kept here so that they live as long as the cached object.
+    pub lines: OnceCell<Lines>,
+    /// The same for trees.
+    pub starts: OnceCell<Starts>,
+}
+
+impl Object {
+    fn new(bytes: Vec<u8>) -> Rc<Object> {
+        Rc::new(Object {
+            bytes,
+            lines: OnceCell::new(),
+            starts: OnceCell::new(),
+        })
+    }
+}
+
+/// What a reader has done.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Counters {
+    /// Objects asked for.
+    pub asked: u64,
+    /// Objects made, those on the way to others included.
+    pub made: u64,
+    /// Bytes that came out of deflated streams.
+    pub inflated_bytes: u64,
+    /// Bytes of the objects made.
+    pub made_bytes: u64,
+}
+
+/// Reads objects for one thread.
+pub struct Reader<'a> {
+    repository: &'a Repository,
+    packs: &'a Packs,
+    loose: Option<git2::Odb<'static>>,
+    last_pack: u32,
+    blobs: Cache<u64, Rc<Object>>,
+    trees: Cache<u64, Rc<Object>>,
+    /// What libgit2 had to read.
+    others: Cache<Oid, Rc<Object>>,
+    inflater: Decompressor,
+    scratch: Vec<u8>,
+    chain: Vec<Place>,
+    limits: Limits,
+    interrupt: &'a AtomicBool,
+    counters: Counters,
+}
+
+/// Where to continue after one step along a chain of deltas.
+enum Found {
+    Object(Rc<Object>),
+    Place(Place),
+}
+
+impl<'a> Reader<'a> {
+    /// A reader whose caches hold about `cache_bytes`; it stops when `interrupt` is set.
+    pub fn new(
+        repository: &'a Repository,
+        cache_bytes: usize,
+        limits: Limits,
+        interrupt: &'a AtomicBool,
+    ) -> Reader<'a> {
+        Reader {
+            repository,
+            packs: repository.packs(),
+            loose: None,
+            last_pack: 0,
+            blobs: Cache::new(cache_bytes / 8 * 5),
+            trees: Cache::new(cache_bytes / 4),
+            others: Cache::new(cache_bytes / 8),
+            inflater: Decompressor::new(),
+            scratch: Vec::new(),
+            chain: Vec::new(),
+            limits,
+            interrupt,
+            counters: Counters::default(),
+        }
+    }
+
+    /// The bytes of a commit.
+    pub fn commit(&mut self, oid: Oid) -> Result<Rc<Object>, Error> {
+        self.object(oid, Kind::Commit)
+    }
+
+    /// The bytes of a tree.
+    pub fn tree(&mut self, oid: Oid) -> Result<Rc<Object>, Error> {
+        self.object(oid, Kind::Tree)
+    }
+
+    /// The bytes of a blob.
+    pub fn blob(&mut self, oid: Oid) -> Result<Rc<Object>, Error> {
+        self.object(oid, Kind::Blob)
+    }
+
+    /// The size of a blob, without making it if that can be avoided.
+    pub fn blob_size(&mut self, oid: Oid) -> Result<u64, Error> {
+        self.check_interrupt()?;
+        let Some(place) = self.packs.find(&oid, &mut self.last_pack) else {
+            if let Some(object) = self.others.get(oid, weight) {
+                return Ok(object.bytes.len() as u64);
+            }
+            return self.ask_libgit2(oid, Kind::Blob, |odb, name| {
+                odb.read_header(name)
+                    .map(|(size, kind)| (kind, size as u64))
+            });
+        };
+        if let Some(object) = self.blobs.get(place.key(), weight) {
+            return Ok(object.bytes.len() as u64);
+        }
+        let corrupt = |reason: &str| Error::Corrupt {
+            oid,
+            reason: reason.to_owned(),
+        };
+        let entry = self.packs.entry(place).map_err(corrupt)?;
+        match entry.storage {
+            Storage::Whole(Kind::Blob) => Ok(entry.size),
+            Storage::Whole(kind) => Err(corrupt(&wrong_kind(kind, Kind::Blob))),
+            _ if entry.size <= SMALL_DELTA => {
+                self.scratch.clear();
+                self.scratch.resize(entry.size as usize, 0);
+                inflate(&mut self.inflater, entry.deflated, &mut self.scratch).map_err(corrupt)?;
+                self.counters.inflated_bytes += entry.size;
+                delta::sizes(&self.scratch)
+                    .map(|(_, size, _)| size)
+                    .ok_or_else(|| corrupt("its delta has no sizes"))
+            }
+            _ => Ok(self.blob(oid)?.bytes.len() as u64),
+        }
+    }
+
+    /// Tells the cache that blobs it holds have become heavier, by their tokens.
+    pub fn grown(&mut self, bytes: usize) {
+        self.blobs.grow(bytes);
+    }
+
+    /// The same for trees.
+    pub fn tree_grown(&mut self, bytes: usize) {
+        self.trees.grow(bytes);
+    }
+
+    /// What was done so far.
+    pub fn counters(&self) -> Counters {
+        self.counters
+    }
+
+    /// The flag that says so, for long work on what was read.
+    pub fn interrupt(&self) -> &'a AtomicBool {
+        self.interrupt
+    }
+
+    /// An error if the caller wants everything to stop.
+    pub fn check_interrupt(&self) -> Result<(), Error> {
+        if self.interrupt.load(Ordering::Relaxed) {
+            return Err(Error::Interrupted);
+        }
+        Ok(())
+    }
+
+    fn object(&mut self, oid: Oid, kind: Kind) -> Result<Rc<Object>, Error> {
+        self.counters.asked += 1;
+        match self.packs.find(&oid, &mut self.last_pack) {
+            Some(place) => self.packed(oid, place, kind),
+            None => self.unpacked(oid, kind),
+        }
+    }
+
+    /// Follows the chain of deltas down to something known, then applies them upwards.
+    fn packed(&mut self, oid: Oid, place: Place, kind: Kind) -> Result<Rc<Object>, Error> {
+        let mut chain = std::mem::take(&mut self.chain);
+        chain.clear();
+        let made = self.follow(oid, place, kind, &mut chain);
+        self.chain = chain;
+        made
+    }
+
+    fn follow(
+        &mut self,
+        oid: Oid,
+        mut place: Place,
+        kind: Kind,
+        chain: &mut Vec<Place>,
+    ) -> Result<Rc<Object>, Error> {
+        let mut object = loop {
+            match self.step(oid, place, kind)? {
+                Found::Object(object) => break object,
+                Found::Place(base) => {
+                    chain.push(place);
+                    place = base;
+                }
+            }
+            if chain.len() > LONGEST_CHAIN {
+                return Err(Error::Corrupt {
+                    oid,
+                    reason: format!("its chain of deltas is longer than {LONGEST_CHAIN}"),
+                });
+            }
+        };
+        while let Some(place) = chain.pop() {
+            self.check_interrupt()?;
+            object = self.apply(oid, place, kind, &object)?;
+        }
+        Ok(object)
+    }
+
+    fn step(&mut self, oid: Oid, place: Place, kind: Kind) -> Result<Found, Error> {
+        if let Some(object) = self.cache(kind).get(place.key(), weight) {
+            return Ok(Found::Object(object));
+        }
+        let corrupt = |reason: &str| Error::Corrupt {
+            oid,
+            reason: reason.to_owned(),
+        };
+        let entry = self.packs.entry(place).map_err(corrupt)?;
+        match entry.storage {
+            Storage::Whole(stored) if stored == kind => {
+                self.check_size(oid, kind, entry.size)?;
+                let mut bytes = vec![0; entry.size as usize];
+                inflate(&mut self.inflater, entry.deflated, &mut bytes).map_err(corrupt)?;
+                self.counters.inflated_bytes += entry.size;
+                Ok(Found::Object(self.keep(place, kind, bytes)))
+            }
+            Storage::Whole(stored) => Err(corrupt(&wrong_kind(stored, kind))),
+            Storage::OffsetDelta(base) => Ok(Found::Place(base)),
+            Storage::NameDelta(base) => match self.packs.find(&base, &mut self.last_pack) {
+                Some(place) => Ok(Found::Place(place)),
+                None => self.unpacked(base, kind).map(Found::Object),
+            },
+        }
+    }
+
+    fn apply(
+        &mut self,
+        oid: Oid,
+        place: Place,
+        kind: Kind,
+        base: &Object,
+    ) -> Result<Rc<Object>, Error> {
+        let corrupt = |reason: &str| Error::Corrupt {
+            oid,
+            reason: reason.to_owned(),
+        };
+        let entry = self.packs.entry(place).map_err(corrupt)?;
+        self.check_size(oid, kind, entry.size)?;
+        self.scratch.clear();
+        self.scratch.resize(entry.size as usize, 0);
+        inflate(&mut self.inflater, entry.deflated, &mut self.scratch).map_err(corrupt)?;
+        self.counters.inflated_bytes += entry.size;
+        let (_, size, _) =
+            delta::sizes(&self.scratch).ok_or_else(|| corrupt("its delta has no sizes"))?;
+        self.check_size(oid, kind, size)?;
+        let bytes = delta::apply(&base.bytes, &self.scratch).map_err(corrupt)?;
+        Ok(self.keep(place, kind, bytes))
+    }
+
+    fn keep(&mut self, place: Place, kind: Kind, bytes: Vec<u8>) -> Rc<Object> {
+        self.counters.made += 1;
+        self.counters.made_bytes += bytes.len() as u64;
+        let object = Object::new(bytes);
+        self.cache(kind)
+            .insert(place.key(), Rc::clone(&object), weight(&object));
+        object
+    }
+
+    fn cache(&mut self, kind: Kind) -> &mut Cache<u64, Rc<Object>> {
+        match kind {
+            Kind::Blob => &mut self.blobs,
+            _ => &mut self.trees,
+        }
+    }
+
+    fn check_size(&self, oid: Oid, kind: Kind, size: u64) -> Result<(), Error> {
+        let limit = match kind {
+            Kind::Blob => self.limits.blob_bytes,
+            _ => self.limits.structure_bytes,
+        };
+        if size > limit {
+            return Err(Error::TooLarge { oid, size, limit });
+        }
+        Ok(())
+    }
+
+    /// Loose objects, alternates and packs of other forms.
+    fn unpacked(&mut self, oid: Oid, kind: Kind) -> Result<Rc<Object>, Error> {
+        if let Some(object) = self.others.get(oid, weight) {
+            return Ok(object);
+        }
+        let size = self.ask_libgit2(oid, kind, |odb, name| {
+            odb.read_header(name)
+                .map(|(size, kind)| (kind, size as u64))
+        })?;
+        self.check_size(oid, kind, size)?;
+        let bytes = self.ask_libgit2(oid, kind, |odb, name| {
+            odb.read(name)
+                .map(|object| (object.kind(), object.data().to_vec()))
+        })?;
+        self.counters.made += 1;
+        self.counters.made_bytes += size;
+        let object = Object::new(bytes);
+        self.others.insert(oid, Rc::clone(&object), weight(&object));
+        Ok(object)
+    }
+
+    fn ask_libgit2<T>(
+        &mut self,
+        oid: Oid,
+        kind: Kind,
+        question: impl Fn(&git2::Odb<'static>, git2::Oid) -> Result<(git2::ObjectType, T), git2::Error>,
+    ) -> Result<T, Error> {
+        let refused = |error: git2::Error| match error.code() {
+            git2::ErrorCode::NotFound => Error::Missing { oid },
+            _ => Error::Corrupt {
+                oid,
+                reason: error.message().to_owned(),
+            },
+        };
+        let odb = match self.loose.take() {
+            Some(odb) => odb,
+            None => self.repository.odb().map_err(refused)?,
+        };
+        let odb = self.loose.insert(odb);
+        let name = git2::Oid::from_bytes(oid.as_bytes()).map_err(refused)?;
+        let (stored, answer) = question(odb, name).map_err(refused)?;
+        if stored.str() != kind.word() {
+            return Err(Error::Corrupt {
+                oid,
+                reason: format!("it is a {}, not a {}", stored.str(), kind.word()),
+            });
+        }
+        Ok(answer)
+    }
+}
+
+/// About what the allocator and the cache need for an object.
+const MANAGEMENT: usize = 192;
+
+/// What an object weighs in the cache.
+fn weight(object: &Rc<Object>) -> usize {
+    let lines = object.lines.get().map_or(0, Lines::memory);
+    let starts = object.starts.get().map_or(0, Starts::memory);
+    object.bytes.len() + lines + starts + MANAGEMENT
+}
+
+fn wrong_kind(stored: Kind, wanted: Kind) -> String {
+    format!("it is a {}, not a {}", stored.word(), wanted.word())
+}
+
+fn inflate(inflater: &mut Decompressor, from: &[u8], to: &mut [u8]) -> Result<(), &'static str> {
+    match inflater.zlib_decompress(from, to) {
+        Ok(size) if size == to.len() => Ok(()),
+        Ok(_) => Err("its deflated bytes hold less than its pack says"),
+        Err(libdeflater::DecompressionError::BadData) => Err("its deflated bytes are damaged"),
+        Err(libdeflater::DecompressionError::InsufficientSpace) => {
+            Err("its deflated bytes hold more than its pack says")
+        }
+    }
+}

@@ -1,0 +1,158 @@
+//! A repository on disk: where its objects are and what its names stand for.
+//!
+//! libgit2 finds the directory, follows references and peels tags. Nothing else of the
+//! repository's configuration is obeyed.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use super::objects::Packs;
+use super::{Error, Oid};
+
+/// A repository that was opened; can be shared by threads.
+pub struct Repository {
+    directory: PathBuf,
+    objects: PathBuf,
+    packs: Packs,
+    shallow: Vec<Oid>,
+}
+
+impl fmt::Debug for Repository {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Repository")
+            .field("directory", &self.directory)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Repository {
+    /// Opens a bare repository, a `.git` directory or a work tree.
+    pub fn open(path: &Path) -> Result<Repository, Error> {
+        let opened = open(path)?;
+        let directory = opened.path().to_owned();
+        let common = opened.commondir();
+        let objects = common.join("objects");
+        let packs = Packs::open(&objects)?;
+        let shallow = shallow_commits(&common.join("shallow"))?;
+        Ok(Repository {
+            directory,
+            objects,
+            packs,
+            shallow,
+        })
+    }
+
+    /// The commit HEAD stands for, or `None` when its branch has no commit yet.
+    pub fn head(&self) -> Result<Option<Oid>, Error> {
+        let repository = open(&self.directory)?;
+        let head = match repository.head() {
+            Ok(head) => head,
+            Err(error)
+                if matches!(
+                    error.code(),
+                    git2::ErrorCode::UnbornBranch | git2::ErrorCode::NotFound
+                ) =>
+            {
+                return Ok(None);
+            }
+            Err(error) => return Err(unresolved("HEAD", &error)),
+        };
+        let object = head
+            .peel(git2::ObjectType::Commit)
+            .map_err(|error| unresolved("HEAD", &error))?;
+        Ok(Oid::from_bytes(object.id().as_bytes()))
+    }
+
+    /// The commit that a branch, a tag or the name of a commit stands for.
+    pub fn resolve(&self, revision: &str) -> Result<Oid, Error> {
+        let repository = open(&self.directory)?;
+        let object = repository
+            .revparse_single(revision)
+            .and_then(|object| object.peel(git2::ObjectType::Commit))
+            .map_err(|error| unresolved(revision, &error))?;
+        Oid::from_bytes(object.id().as_bytes()).ok_or_else(|| Error::Revision {
+            revision: revision.to_owned(),
+            reason: "its name is no SHA-1".to_owned(),
+        })
+    }
+
+    /// The directory with HEAD and the references.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// The commits at which a shallow clone ends, sorted.
+    pub fn shallow(&self) -> &[Oid] {
+        &self.shallow
+    }
+
+    pub(in crate::git) fn packs(&self) -> &Packs {
+        &self.packs
+    }
+
+    /// libgit2's view of the objects, without references and configuration.
+    pub(in crate::git) fn odb(&self) -> Result<git2::Odb<'static>, git2::Error> {
+        let odb = git2::Odb::new()?;
+        let objects = self.objects.to_str().ok_or_else(|| {
+            git2::Error::from_str("the path of the repository is not valid UTF-8")
+        })?;
+        odb.add_disk_alternate(objects)?;
+        Ok(odb)
+    }
+}
+
+fn open(path: &Path) -> Result<git2::Repository, Error> {
+    git2::Repository::open_ext(
+        path,
+        git2::RepositoryOpenFlags::NO_SEARCH,
+        std::iter::empty::<&Path>(),
+    )
+    .map_err(|error| match declared_format(path) {
+        Some(format) if format != "sha1" => Error::Format {
+            path: path.to_owned(),
+            format,
+        },
+        _ => Error::Open {
+            path: path.to_owned(),
+            reason: error.message().to_owned(),
+        },
+    })
+}
+
+/// The object format the configuration names; libgit2 only says that it does not know it.
+fn declared_format(path: &Path) -> Option<String> {
+    let text = [path.join("config"), path.join(".git/config")]
+        .iter()
+        .find_map(|file| std::fs::read(file).ok())?;
+    String::from_utf8_lossy(&text).lines().find_map(|line| {
+        let (key, value) = line.split_once('=')?;
+        let is_format = key.trim().eq_ignore_ascii_case("objectformat");
+        is_format.then(|| value.trim().to_ascii_lowercase())
+    })
+}
+
+fn shallow_commits(path: &Path) -> Result<Vec<Oid>, Error> {
+    let text = match std::fs::read(path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(source) => {
+            return Err(Error::Read {
+                path: path.to_owned(),
+                source,
+            });
+        }
+    };
+    let lines = text.split(|&byte| byte == b'\n');
+    let mut commits: Vec<Oid> = lines
+        .filter_map(|line| Oid::from_hex(line.trim_ascii()))
+        .collect();
+    commits.sort();
+    Ok(commits)
+}
+
+fn unresolved(revision: &str, error: &git2::Error) -> Error {
+    Error::Revision {
+        revision: revision.to_owned(),
+        reason: error.message().to_owned(),
+    }
+}
