@@ -1,5 +1,6 @@
 //! celeriac: a Celery-compatible worker that tells who wrote a Git repository, line by line.
 
+pub mod backend;
 pub mod blame;
 pub mod config;
 pub mod database;
