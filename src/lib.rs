@@ -8,5 +8,6 @@ pub mod events;
 pub mod git;
 pub mod logging;
 pub mod pidbox;
+pub mod pool;
 pub mod protocol;
 pub mod transport;
