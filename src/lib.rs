@@ -1,5 +1,6 @@
 //! celeriac: a Celery-compatible worker that tells who wrote a Git repository, line by line.
 
+pub mod analysis;
 pub mod backend;
 pub mod blame;
 pub mod config;
@@ -10,4 +11,5 @@ pub mod logging;
 pub mod pidbox;
 pub mod pool;
 pub mod protocol;
+pub mod tasks;
 pub mod transport;
