@@ -13,3 +13,4 @@ pub mod pool;
 pub mod protocol;
 pub mod tasks;
 pub mod transport;
+pub mod worker;

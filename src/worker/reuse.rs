@@ -1,0 +1,181 @@
+//! Doing the same work once: analyses under way in this worker, and stored ones.
+//!
+//! What is at hand counts only if the repository's server, asked with the task's own token,
+//! still names the same commit: that is asked by the child as the first step of a fetch, so it
+//! costs nothing when the answer is no, and proves when it is yes that whoever asks may read
+//! the repository. Without that proof nobody learns what somebody else's token could see.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio::sync::watch;
+
+use super::Worker;
+use super::effects::Verdict;
+use super::request::Request;
+use crate::analysis::Report;
+use crate::database::Analysis;
+use crate::tasks::analyze_repo::Call;
+use crate::tasks::registry::seconds;
+
+/// The database is asked as a favour; without an answer the work is done.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// How often somebody who waits looks whether the wait is over for another reason.
+const LOOK: Duration = Duration::from_millis(100);
+
+type Landing = watch::Receiver<Option<Arc<Report>>>;
+
+/// Analyses under way, by repository.
+#[derive(Debug, Default)]
+pub struct Flights(Mutex<HashMap<String, Landing>>);
+
+/// What somebody is who wants a repository analysed.
+pub enum Place {
+    /// The first: does the work.
+    Lead(Lead),
+    /// Somebody is at it.
+    Follow(Landing),
+}
+
+/// The first of those who want a repository analysed. Dropped without [`Lead::land`], the
+/// others do it themselves.
+pub struct Lead {
+    worker: Arc<Worker>,
+    repository: String,
+    report: watch::Sender<Option<Arc<Report>>>,
+}
+
+/// An analysis that is at hand.
+pub struct Known {
+    /// Its commit.
+    pub head: String,
+    /// What was found.
+    pub report: Arc<Report>,
+}
+
+/// How waiting for somebody else's analysis ended.
+pub enum Followed {
+    /// It is done.
+    Landed(Arc<Report>),
+    /// It came to nothing.
+    Failed,
+    /// The waiting task itself is to end.
+    Stopped(Verdict),
+}
+
+impl Flights {
+    fn under_way(&self) -> MutexGuard<'_, HashMap<String, Landing>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Joins those who want this repository, in the one spelling for all.
+    pub fn join(worker: &Arc<Worker>, repository: &str) -> Place {
+        let mut under_way = worker.flights.under_way();
+        if let Some(landing) = under_way.get(repository) {
+            return Place::Follow(landing.clone());
+        }
+        let (report, landing) = watch::channel(None);
+        under_way.insert(repository.to_owned(), landing);
+        Place::Lead(Lead {
+            worker: worker.clone(),
+            repository: repository.to_owned(),
+            report,
+        })
+    }
+}
+
+impl Lead {
+    /// Gives the others the report.
+    pub fn land(self, report: &Arc<Report>) {
+        self.report.send_replace(Some(report.clone()));
+    }
+}
+
+impl Drop for Lead {
+    fn drop(&mut self) {
+        self.worker.flights.under_way().remove(&self.repository);
+    }
+}
+
+/// Waits for somebody else's analysis.
+pub async fn follow(request: &Request, mut landing: Landing) -> Followed {
+    tokio::select! {
+        landed = landing.wait_for(Option::is_some) => match landed.as_deref() {
+            Ok(Some(report)) => Followed::Landed(report.clone()),
+            _ => Followed::Failed,
+        },
+        verdict = stopped(request) => Followed::Stopped(verdict),
+    }
+}
+
+/// Waits until the request is to end although no child works on it.
+pub async fn stopped(request: &Request) -> Verdict {
+    loop {
+        if request.fenced() {
+            return Verdict::Fenced;
+        }
+        if request.cancelled() {
+            return Verdict::Cancelled;
+        }
+        if let Some(signal) = request.terminated() {
+            return Verdict::Revoked {
+                reason: "terminated",
+                signal: Some(signal),
+            };
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+impl Known {
+    /// A whole history's report; an empty repository has none that could stay the same.
+    pub fn of(report: Arc<Report>) -> Option<Self> {
+        let head = report.head.clone().filter(|_| !report.shallow)?;
+        Some(Self { head, report })
+    }
+}
+
+/// `RESULT_REUSE_TTL`: the stored analysis that answers if HEAD has not moved.
+pub async fn stored(worker: &Worker, request: &Request, call: &Call) -> Option<Known> {
+    let settings = &worker.settings;
+    let age = seconds(settings.result_reuse_ttl)?;
+    // What is cut off is approximate and differs with the depth.
+    if settings.clone_depth.is_some() {
+        return None;
+    }
+    let since = chrono::Utc::now().checked_sub_signed(chrono::Duration::from_std(age).ok()?)?;
+    let find = async {
+        let database = worker.database().await?;
+        let branch = settings.clone_branch.as_deref();
+        database.newest_for(&call.repo_url, branch, since).await
+    };
+    match tokio::time::timeout(PATIENCE, find).await {
+        Ok(Ok(row)) => Known::of(Arc::new(report(&row?)?)),
+        Ok(Err(error)) => {
+            log::warn!("Task {}: {error}; nothing is reused", request.label());
+            None
+        }
+        Err(_) => None,
+    }
+}
+
+/// A stored row in the words of a report.
+fn report(row: &Analysis) -> Option<Report> {
+    let count = |number: Option<i64>| u64::try_from(number.unwrap_or(0)).unwrap_or(0);
+    let lines = row.result.as_ref()?.get("result")?.as_object()?;
+    let contributors = lines
+        .iter()
+        .map(|(email, lines)| Some((email.clone(), Value::as_u64(lines)?)))
+        .collect::<Option<Vec<_>>>()?;
+    Some(Report {
+        head: row.head_commit.clone(),
+        contributors,
+        files: count(row.total_files),
+        lines: count(row.total_lines),
+        binary_files: count(row.skipped_files),
+        shallow: row.shallow,
+        ..Report::default()
+    })
+}
