@@ -1,0 +1,538 @@
+//! Workers, brokers and networks that die, with nothing lost and nothing done twice.
+//!
+//! The law of every test: what was sent is done or kept, a commit happens once for each id, and
+//! in the end no message is held and no process or clone is left. The last test deals out
+//! random faults; `CHAOS_SEED` replays a run and `CHAOS_SECONDS` makes it longer.
+
+use std::collections::{HashMap, HashSet};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill, killpg};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+
+use crate::support::python::{Python, interpreter};
+use crate::support::services::Postgres;
+use crate::support::{
+    GitServer, Proxy, Raw, RedisServer, Repository, Worker, project, services, wait_for,
+};
+
+fn repository() -> Repository {
+    let mut repository = Repository::new();
+    repository.commit("Ada <ada@example.com>", &[("a.txt", "one\ntwo\n")]);
+    repository
+}
+
+fn address(repository: &Repository) -> String {
+    format!("file://{}", repository.path().display())
+}
+
+/// Every analysis of the database: id, state and attempts.
+fn rows(postgres: &Postgres) -> Vec<(String, String)> {
+    let rows = postgres.rows("SELECT task_id, state FROM analyses ORDER BY task_id");
+    rows.into_iter()
+        .map(|row| (row[0].clone().unwrap(), row[1].clone().unwrap()))
+        .collect()
+}
+
+#[test]
+fn an_analysis_goes_on_elsewhere_within_five_seconds_of_a_kill() {
+    let (redis, postgres) = (services::redis(), services::postgres());
+    let repository = repository();
+    let server = GitServer::start();
+    let (url, gate) = server.gated(&repository);
+    let mut first = Worker::on(&redis.url).database(&postgres).start();
+    let mut raw = Raw::new(&redis.url, &first.queue);
+    let id = raw.send("analyze_repo_task", json!([1, url]));
+    gate.wait_arrivals(1);
+    let second = Worker::on(&redis.url)
+        .database(&postgres)
+        .queue(&first.queue)
+        .start();
+    let killed = Instant::now();
+    first.kill();
+    gate.wait_arrivals(2);
+    let took = killed.elapsed();
+    eprintln!("running again after {took:?}");
+    assert!(took < Duration::from_secs(6), "{took:?}");
+    gate.open();
+    assert_eq!(raw.value(&id)["total_contributors"], 1);
+    assert_eq!(rows(&postgres), [(id.clone(), "SUCCESS".to_owned())]);
+    raw.wait_drained();
+    assert!(
+        second
+            .log()
+            .contains("is gone; 1 of its messages went back")
+    );
+    assert_eq!(second.log().matches(&format!("[{id}] received")).count(), 1);
+}
+
+#[test]
+fn a_worker_that_was_stopped_longer_than_its_lease_commits_nothing() {
+    let (redis, postgres) = (services::redis(), services::postgres());
+    let repository = repository();
+    let server = GitServer::start();
+    let (url, gate) = server.gated(&repository);
+    let mut first = Worker::on(&redis.url).database(&postgres).start();
+    let mut raw = Raw::new(&redis.url, &first.queue);
+    let id = raw.send("analyze_repo_task", json!([1, url]));
+    gate.wait_arrivals(1);
+    let mut second = Worker::on(&redis.url)
+        .database(&postgres)
+        .queue(&first.queue)
+        .start();
+    first.signal(Signal::SIGSTOP);
+    gate.wait_arrivals(2);
+    // The first one's child finishes meanwhile, and its report waits for its parent.
+    gate.open();
+    let value = raw.value(&id);
+    let stored = raw.meta(&id);
+    first.signal(Signal::SIGCONT);
+    first.wait_log("lost its lease");
+    assert_eq!(value["total_contributors"], 1);
+    assert_eq!(raw.meta(&id), stored, "the result was written twice");
+    assert_eq!(rows(&postgres), [(id.clone(), "SUCCESS".to_owned())]);
+    assert!(!first.log().contains("succeeded in"));
+    assert!(second.log().contains("succeeded in"));
+    let next = raw.send("test_task", json!(["next"]));
+    raw.value(&next);
+    raw.wait_drained();
+    assert!(first.stop().success() && second.stop().success());
+}
+
+#[test]
+fn a_mixed_fleet_loses_nothing_when_one_of_each_kind_is_killed() {
+    const TASKS: usize = 300;
+    let redis = services::redis();
+    let repository = repository();
+    let url = address(&repository);
+    let start = |queue: &str| {
+        Worker::on(&redis.url)
+            .queue(queue)
+            .env("VISIBILITY_TIMEOUT", "6")
+            .env(
+                "CELERY_BROKER_TRANSPORT_OPTIONS",
+                "{\"unacked_restore_interval\": 1}",
+            )
+            .start()
+    };
+    let mut first = start(&crate::support::unique("q"));
+    let second = start(&first.queue);
+    let mut python = python_worker(&redis.url, &first.queue);
+    let mut raw = Raw::new(&redis.url, &first.queue);
+    wait_for("the Python worker", Duration::from_secs(40), || {
+        python.0.log().contains("ready.").then_some(())
+    });
+    let ids: Vec<String> = (0..TASKS)
+        .map(|_| raw.send("analyze_repo_task", json!([1, url])))
+        .collect();
+    let done = |raw: &mut Raw| {
+        let ready = |id: &&String| raw.status(id) == "SUCCESS";
+        ids.iter().filter(ready).count()
+    };
+    wait_for("some results", Duration::from_secs(40), || {
+        (done(&mut raw) > 30).then_some(())
+    });
+    first.kill();
+    python.kill();
+    for id in &ids {
+        raw.value(id);
+    }
+    raw.wait_drained();
+    let log = python.0.log();
+    assert!(
+        log.contains("succeeded in"),
+        "the Python worker had no part in it:\n{log}"
+    );
+    assert!(second.log().contains("is gone"));
+}
+
+/// A Python worker that acknowledges late; it leads a process group of its own.
+struct PythonWorker(crate::support::python::Background);
+
+impl PythonWorker {
+    fn kill(&mut self) {
+        let group = Pid::from_raw(i32::try_from(self.0.pid()).unwrap());
+        killpg(group, Signal::SIGKILL).unwrap();
+        let _ = self.0.process().wait();
+    }
+}
+
+fn python_worker(broker: &str, queue: &str) -> PythonWorker {
+    const SCRIPT: &str = "
+import os, sys
+os.setpgid(0, 0)
+sys.path.insert(0, sys.argv[1])
+from python_worker import app
+app.conf.update(task_acks_late=True, broker_transport_options={'visibility_timeout': 6})
+app.worker_main(['worker', '--concurrency=2', '--loglevel=info', '-Q', sys.argv[2],
+                 '--without-gossip', '--without-mingle', '--without-heartbeat'])
+";
+    drop(interpreter());
+    let directory = project().join("examples/python-worker");
+    let directory = directory.to_str().unwrap();
+    let python = Python::new(broker, broker, queue);
+    PythonWorker(python.spawn(&["-c", SCRIPT, directory, queue]))
+}
+
+/// Sends a task every few milliseconds until the end of `disturb`, then waits for all of them.
+fn under_load(
+    redis_url: &str,
+    worker: &Worker,
+    calls: &[(&str, Value)],
+    disturb: impl FnOnce(&mut Raw),
+) {
+    let (stop, stopped) = std::sync::mpsc::channel::<()>();
+    let (url, queue) = (redis_url.to_owned(), worker.queue.clone());
+    let calls: Vec<(String, Value)> = calls
+        .iter()
+        .map(|(name, arguments)| ((*name).to_owned(), arguments.clone()))
+        .collect();
+    let sender = std::thread::spawn(move || {
+        let mut raw = Raw::new(&url, &queue);
+        let mut ids = Vec::new();
+        for (name, arguments) in calls.iter().cycle() {
+            ids.push(raw.send(name, arguments.clone()));
+            let pause = stopped.recv_timeout(Duration::from_millis(5));
+            let timeout = std::sync::mpsc::RecvTimeoutError::Timeout;
+            if pause != Err(timeout) && ids.len() >= 60 {
+                break;
+            }
+        }
+        ids
+    });
+    let mut raw = Raw::new(redis_url, &worker.queue);
+    disturb(&mut raw);
+    drop(stop);
+    let ids = sender.join().unwrap();
+    for id in &ids {
+        raw.value(id);
+    }
+    raw.wait_drained();
+}
+
+#[test]
+fn redis_restarts_under_load_and_work_resumes_at_once() {
+    let mut redis = RedisServer::durable();
+    let repository = repository();
+    let worker = Worker::on(&redis.url).start();
+    let url = redis.url.clone();
+    let calls = [
+        ("test_task", json!(["load"])),
+        ("analyze_repo_task", json!([1, address(&repository)])),
+        ("test_task", json!(["more"])),
+    ];
+    let mut resumed = Vec::new();
+    under_load(&url, &worker, &calls, |raw| {
+        for round in 0..5 {
+            let warm = raw.send("test_task", json!([round]));
+            raw.value(&warm);
+            redis.restart();
+            let up = Instant::now();
+            let again = raw.send("test_task", json!([round]));
+            raw.value(&again);
+            resumed.push(up.elapsed());
+        }
+    });
+    eprintln!("resumed after {resumed:?}");
+    assert!(
+        resumed.iter().all(|took| *took < Duration::from_secs(5)),
+        "{resumed:?}"
+    );
+}
+
+#[test]
+fn killed_connections_are_made_again_and_nothing_is_lost_or_done_twice() {
+    let (redis, postgres) = (RedisServer::start(), services::postgres());
+    let repository = repository();
+    let worker = Worker::on(&redis.url).database(&postgres).start();
+    let calls = [
+        ("test_task", json!(["load"])),
+        ("analyze_repo_task", json!([1, address(&repository)])),
+    ];
+    under_load(&redis.url, &worker, &calls, |raw| {
+        let mut admin = redis.connect();
+        for round in 0..20 {
+            let kind = ["normal", "pubsub"][round % 2];
+            let _: Value = redis::cmd("CLIENT")
+                .arg(&["KILL", "TYPE", kind, "SKIPME", "yes"])
+                .query::<i64>(&mut admin)
+                .map(Value::from)
+                .unwrap();
+            let id = raw.send("test_task", json!([round]));
+            raw.value(&id);
+        }
+    });
+    let states: HashSet<String> = rows(&postgres).into_iter().map(|row| row.1).collect();
+    assert_eq!(states, HashSet::from(["SUCCESS".to_owned()]));
+    let attempts = postgres.rows("SELECT count(*) FROM analyses WHERE attempts > 1");
+    assert_eq!(
+        attempts[0][0].as_deref(),
+        Some("0"),
+        "an analysis ran twice"
+    );
+}
+
+#[test]
+fn a_connection_that_leads_nowhere_is_given_up_within_fifteen_seconds() {
+    let redis = services::redis();
+    let proxy = Proxy::before(&redis.url);
+    let worker = Worker::on(&proxy.url(&redis.url))
+        .backend(&redis.url)
+        .start();
+    let mut raw = Raw::new(&redis.url, &worker.queue);
+    let before = raw.send("test_task", json!(["before"]));
+    raw.value(&before);
+    proxy.strand();
+    let began = Instant::now();
+    let ids: Vec<String> = (0..5)
+        .map(|number| raw.send("test_task", json!([number])))
+        .collect();
+    for id in &ids {
+        raw.value(id);
+    }
+    let took = began.elapsed();
+    eprintln!("resumed after {took:?}");
+    assert!(took < Duration::from_secs(15), "{took:?}");
+    raw.wait_drained();
+}
+
+#[test]
+fn an_answer_cut_off_at_any_byte_loses_no_message() {
+    let redis = services::redis();
+    let proxy = Proxy::before(&redis.url);
+    let worker = Worker::on(&proxy.url(&redis.url))
+        .backend(&redis.url)
+        .start();
+    let mut raw = Raw::new(&redis.url, &worker.queue);
+    for round in 0..12 {
+        let ready = raw.send("test_task", json!(["ready"]));
+        raw.value(&ready);
+        let connections = proxy.accepted();
+        proxy.cut_after_answer_bytes(60 * round);
+        let ids: Vec<String> = (0..4)
+            .map(|number| raw.send("test_task", json!([number])))
+            .collect();
+        wait_for("the cut and a new attempt", Duration::from_secs(20), || {
+            (proxy.accepted() > connections).then_some(())
+        });
+        proxy.heal();
+        for id in &ids {
+            raw.value(id);
+        }
+        raw.wait_drained();
+    }
+}
+
+#[test]
+fn a_database_that_is_away_delays_the_success_of_its_task_alone() {
+    let (redis, postgres) = (services::redis(), services::postgres());
+    let repository = repository();
+    let server = GitServer::start();
+    let (url, gate) = server.gated(&repository);
+    let proxy = Proxy::before(&postgres.url);
+    let worker = Worker::on(&redis.url)
+        .concurrency(1)
+        .env("DATABASE_URL", &proxy.url(&postgres.url))
+        .start();
+    let mut raw = Raw::new(&redis.url, &worker.queue);
+    let ids: Vec<String> = (0..3)
+        .map(|_| raw.send("analyze_repo_task", json!([1, url])))
+        .collect();
+    gate.wait_arrivals(1);
+    wait_for("the row", Duration::from_secs(20), || {
+        (rows(&postgres).len() == 1).then_some(())
+    });
+    proxy.cut();
+    gate.open();
+    worker.wait_log("trying again in");
+    let away = Instant::now();
+    while away.elapsed() < Duration::from_secs(5) {
+        let id = raw.send("test_task", json!(["meanwhile"]));
+        raw.value(&id);
+        assert!(ids.iter().all(|id| raw.status(id) != "SUCCESS"));
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    proxy.heal();
+    for id in &ids {
+        raw.value(id);
+    }
+    let found = rows(&postgres);
+    assert_eq!(found.len(), 3);
+    assert!(found.iter().all(|row| row.1 == "SUCCESS"), "{found:?}");
+    raw.wait_drained();
+}
+
+#[test]
+fn a_result_is_stored_when_its_backend_is_back_and_settled_only_then() {
+    let redis = services::redis();
+    let mut results = RedisServer::durable();
+    let repository = repository();
+    let server = GitServer::start();
+    let (url, gate) = server.gated(&repository);
+    let worker = Worker::on(&redis.url).backend(&results.url).start();
+    let mut raw = Raw::new(&redis.url, &worker.queue);
+    let id = raw.send("analyze_repo_task", json!([1, url]));
+    gate.wait_arrivals(1);
+    results.kill();
+    gate.open();
+    worker.wait_log("Connection to Redis lost: Retry");
+    assert_eq!(raw.unacked(), 1);
+    assert!(!worker.log().contains("succeeded in"));
+    results.restart();
+    let mut stored = Raw::new(&results.url, &worker.queue);
+    assert_eq!(stored.value(&id)["total_contributors"], 1);
+    raw.wait_drained();
+}
+
+/// A fault of the random test.
+#[derive(Debug, Clone, Copy)]
+enum Fault {
+    /// kill -9 of a worker; another one is started.
+    Kill,
+    /// A pause that is shorter or longer than the lease.
+    Stop,
+    /// Warm shutdown; another one is started.
+    Term,
+    /// Cold shutdown; another one is started.
+    Quit,
+    /// Redis is killed and started again.
+    Restart,
+    /// Redis drops its clients.
+    Drop,
+}
+
+const FAULTS: [Fault; 6] = [
+    Fault::Kill,
+    Fault::Stop,
+    Fault::Term,
+    Fault::Quit,
+    Fault::Restart,
+    Fault::Drop,
+];
+
+#[test]
+fn random_faults_lose_nothing_and_commit_nothing_twice() {
+    let variable = |name: &str| std::env::var(name).ok().and_then(|text| text.parse().ok());
+    let seed: u64 = variable("CHAOS_SEED").unwrap_or_else(rand_seed);
+    let length = Duration::from_secs(variable("CHAOS_SECONDS").unwrap_or(20));
+    eprintln!("CHAOS_SEED={seed} CHAOS_SECONDS={}", length.as_secs());
+    let mut state = seed.max(1);
+    let mut random = move |limit: u64| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state % limit
+    };
+
+    let (mut redis, postgres) = (RedisServer::durable(), services::postgres());
+    let repository = repository();
+    let url = redis.url.clone();
+    let queue = crate::support::unique("q");
+    let start = || {
+        let builder = Worker::on(&url).database(&postgres).queue(&queue);
+        // Both kinds of tasks are acknowledged late: only those cannot be lost.
+        builder
+            .env("CELERY_TASK_ACKS_LATE", "true")
+            .start_without_waiting()
+    };
+    let mut fleet = [start(), start()];
+    let mut raw = Raw::new(&url, &queue);
+    let mut sent: HashMap<String, &str> = HashMap::new();
+    let mut faults = 0;
+    let began = Instant::now();
+    while began.elapsed() < length {
+        for _ in 0..random(12) {
+            let (name, arguments) = if random(3) == 0 {
+                ("analyze_repo_task", json!([1, address(&repository)]))
+            } else {
+                ("test_task", json!(["chaos"]))
+            };
+            sent.insert(raw.send(name, arguments), name);
+        }
+        let victim = &mut fleet[usize::try_from(random(2)).unwrap()];
+        let fault = FAULTS[usize::try_from(random(FAULTS.len() as u64)).unwrap()];
+        let pause = Duration::from_millis(random(700));
+        eprintln!("{:?} {fault:?} {pause:?}", began.elapsed());
+        faults += 1;
+        match fault {
+            Fault::Kill => {
+                victim.kill();
+                *victim = start();
+            }
+            Fault::Stop => {
+                victim.signal(Signal::SIGSTOP);
+                let lease = if random(4) == 0 { 5000 } else { random(2500) };
+                std::thread::sleep(Duration::from_millis(lease));
+                victim.signal(Signal::SIGCONT);
+            }
+            Fault::Term | Fault::Quit => {
+                // One that was started a moment ago may not have its handlers yet.
+                wait_for("its banner", Duration::from_secs(20), || {
+                    victim.log().contains("[tasks]").then_some(())
+                });
+                let warm = matches!(fault, Fault::Term);
+                victim.signal(if warm {
+                    Signal::SIGTERM
+                } else {
+                    Signal::SIGQUIT
+                });
+                assert_eq!(victim.wait().code(), Some(0), "{}", victim.log());
+                *victim = start();
+            }
+            Fault::Restart => redis.restart(),
+            Fault::Drop => {
+                raw.with(|connection| {
+                    redis::cmd("CLIENT")
+                        .arg(&["KILL", "TYPE", "normal", "SKIPME", "yes"])
+                        .query::<i64>(connection)
+                });
+            }
+        }
+        std::thread::sleep(pause);
+    }
+    eprintln!("{} tasks, {faults} faults", sent.len());
+    for id in sent.keys() {
+        raw.value(id);
+    }
+    raw.wait_drained();
+    assert_eq!(raw.quarantined(), 0);
+    let analyses: HashSet<&String> = sent
+        .iter()
+        .filter(|(_, name)| **name == "analyze_repo_task")
+        .map(|(id, _)| id)
+        .collect();
+    let found = rows(&postgres);
+    assert!(found.iter().all(|row| row.1 == "SUCCESS"), "{found:?}");
+    assert_eq!(
+        found.iter().map(|row| &row.0).collect::<HashSet<_>>(),
+        analyses
+    );
+    for worker in &mut fleet {
+        let log = worker.log();
+        assert!(
+            !log.contains("panicked") && !log.contains("bug of celeriac"),
+            "{log}"
+        );
+        let children = worker.descendants();
+        assert!(worker.stop().success());
+        let left = children
+            .iter()
+            .filter(|pid| kill(Pid::from_raw(**pid as i32), None).is_ok());
+        assert_eq!(left.count(), 0, "a child outlived its worker");
+    }
+    // A worker that has left takes its keys along, and the dead were buried by the living.
+    let kept: Vec<String> =
+        raw.with(|connection| redis::cmd("KEYS").arg("celeriac.*").query(connection));
+    let endless: Vec<&String> = kept
+        .iter()
+        .filter(|key| {
+            raw.with(|connection| redis::cmd("TTL").arg(key.as_str()).query::<i64>(connection)) < 0
+        })
+        .collect();
+    assert_eq!(endless, Vec::<&String>::new());
+}
+
+fn rand_seed() -> u64 {
+    u64::try_from(uuid::Uuid::new_v4().as_u128() & 0xffff_ffff).unwrap()
+}

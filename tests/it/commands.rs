@@ -1,0 +1,390 @@
+//! The client commands of our binary beside Celery's own, towards a celeriac worker and a
+//! Python worker that share a broker: same words, same exit codes.
+
+use std::collections::BTreeSet;
+use std::io::Write;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::support::python::{self, Background, Python};
+use crate::support::{RedisServer, Worker, project, unique, wait_for};
+
+/// A broker of its own (remote control reaches everybody), a worker of ours and a Python one.
+struct World {
+    server: RedisServer,
+    worker: Worker,
+    peer: String,
+    queue: String,
+    _python: Background,
+}
+
+fn world() -> World {
+    let server = RedisServer::start();
+    let queue = unique("q");
+    let worker = Worker::on(&server.url).queue(&queue).option("-E").start();
+    let name = unique("py");
+    let path = project().join("examples/python-worker");
+    let process = Python::new(&server.url, &server.url, &queue)
+        .env("PYTHONPATH", &path.to_string_lossy())
+        .spawn(&[
+            "-m",
+            "celery",
+            "-A",
+            "python_worker",
+            "worker",
+            "-c",
+            "1",
+            "-l",
+            "info",
+            "-E",
+            "-n",
+            &format!("{name}@%h"),
+        ]);
+    wait_for("the Python worker", Duration::from_secs(60), || {
+        process.log().contains(" ready.").then_some(())
+    });
+    let host = worker.node.split_once('@').unwrap().1;
+    let peer = format!("{name}@{host}");
+    World {
+        server,
+        worker,
+        peer,
+        queue,
+        _python: process,
+    }
+}
+
+impl World {
+    /// A command with the broker and the queue of this world.
+    fn command(&self, program: &str, arguments: &[&str]) -> Command {
+        let mut command = Command::new(program);
+        command
+            .args(arguments)
+            .env("QUEUE_BROKER_URL", &self.server.url)
+            .env("CELERY_RESULT_BACKEND", &self.server.url)
+            .env("ANALYSIS_QUEUE", &self.queue)
+            .env("CELERY_TASK_DEFAULT_QUEUE", &self.queue)
+            .env("PYTHONPATH", project().join("examples/python-worker"))
+            .env("PYTHONDONTWRITEBYTECODE", "1")
+            .current_dir(std::env::temp_dir())
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// Our binary.
+    #[track_caller]
+    fn ours(&self, line: &str) -> Said {
+        let words: Vec<&str> = line.split(' ').collect();
+        Said::of(
+            self.command(env!("CARGO_BIN_EXE_celeriac"), &words)
+                .output()
+                .unwrap(),
+        )
+    }
+
+    /// The `celery` command.
+    #[track_caller]
+    fn theirs(&self, line: &str) -> Said {
+        let words = ["-m", "celery", "-A", "python_worker"]
+            .into_iter()
+            .chain(line.split(' '));
+        let interpreter = python::interpreter();
+        let words: Vec<&str> = words.collect();
+        Said::of(
+            self.command(&interpreter.to_string_lossy(), &words)
+                .output()
+                .unwrap(),
+        )
+    }
+}
+
+/// What a command printed, and its exit code.
+#[derive(Debug)]
+struct Said {
+    out: String,
+    err: String,
+    code: Option<i32>,
+}
+
+impl Said {
+    fn of(output: Output) -> Self {
+        Self {
+            out: String::from_utf8(output.stdout).unwrap(),
+            err: String::from_utf8(output.stderr).unwrap(),
+            code: output.status.code(),
+        }
+    }
+
+    /// The nodes answer in any order; each with the lines of its answer. pygments, where it is
+    /// installed, ends coloured JSON with a line of spaces.
+    fn answers(&self) -> BTreeSet<String> {
+        let text = self.out.replace("\n    \n", "\n").replace("\n\n", "->  ");
+        // --quiet leaves the arrows out.
+        let mark = if text.contains("->  ") { "->  " } else { "\n" };
+        text.split(mark)
+            .map(str::trim_end)
+            .map(str::to_owned)
+            .collect()
+    }
+}
+
+#[test]
+fn what_workers_answer_is_shown_as_celery_shows_it() {
+    let world = world();
+    for line in [
+        "inspect ping",
+        "inspect active",
+        "inspect reserved",
+        "inspect scheduled",
+        "inspect registered",
+        "inspect active_queues",
+        "inspect query_task nobody",
+        "inspect objgraph",
+        "status",
+        "-q status",
+        "-q inspect ping",
+        "control rate_limit test_task 10/m",
+        "control -t 2 rate_limit nobody 10/m",
+        "control rate_limit test_task",
+        "control time_limit test_task 10 20",
+        "control add_consumer another",
+        "control cancel_consumer another",
+        "control enable_events",
+        "control heartbeat",
+    ] {
+        let (ours, theirs) = (world.ours(line), world.theirs(line));
+        assert_eq!(ours.answers(), theirs.answers(), "celeriac {line}");
+        assert_eq!(ours.code, theirs.code, "celeriac {line}");
+        assert_eq!(
+            ours.out.lines().count(),
+            theirs.out.lines().count(),
+            "celeriac {line}"
+        );
+    }
+    for line in [
+        "inspect --json ping",
+        "inspect active_queues -j",
+        "control -j enable_events",
+    ] {
+        let parse = |said: Said| -> Value { serde_json::from_str(&said.out).unwrap() };
+        let sorted = |value: Value| match value {
+            Value::Array(items) => items.iter().map(Value::to_string).collect::<BTreeSet<_>>(),
+            Value::Object(map) => map.iter().map(|(k, v)| format!("{k} {v}")).collect(),
+            other => panic!("{other}"),
+        };
+        let (ours, theirs) = (parse(world.ours(line)), parse(world.theirs(line)));
+        assert_eq!(sorted(ours), sorted(theirs), "celeriac {line}");
+    }
+}
+
+#[test]
+fn a_worker_that_is_not_there_and_a_wrong_line_have_celerys_exit_codes() {
+    let world = world();
+    let said = world.ours("inspect ping -d nobody@nowhere -t 0.2");
+    assert_eq!(said.code, Some(69));
+    assert_eq!(said.err, "Error: No nodes replied within time constraint\n");
+    assert_eq!(world.ours("status -d nobody@nowhere -t 0.2").code, Some(69));
+    let away = world.ours("status -b redis://127.0.0.1:1/0");
+    assert_eq!(away.code, Some(69));
+    assert!(
+        away.err
+            .starts_with("Error: Could not connect to the message broker."),
+        "{}",
+        away.err
+    );
+    for line in [
+        "inspect nonsense",
+        "inspect",
+        "control rate_limit a b c",
+        "call",
+        "call t --args {}",
+        "call t --args [",
+        "call t --kwargs []",
+        "call t --eta soon",
+    ] {
+        let (ours, theirs) = (world.ours(line), world.theirs(line));
+        assert_eq!(
+            (ours.code, theirs.code),
+            (Some(2), Some(2)),
+            "celeriac {line}"
+        );
+        if line.starts_with("inspect") || line.starts_with("control") {
+            assert_eq!(
+                ours.err,
+                theirs.err.replace("python -m celery ", "celeriac "),
+                "celeriac {line}"
+            );
+        }
+    }
+    for line in ["inspect --list", "control --list"] {
+        assert_eq!(
+            world.ours(line).out,
+            world.theirs(line).out,
+            "celeriac {line}"
+        );
+    }
+}
+
+#[test]
+fn a_ping_ends_with_the_last_answer_and_leaves_no_key() {
+    let world = world();
+    let mut connection = world.server.connect();
+    let mut keys = || -> Vec<String> {
+        let all: Vec<String> = redis::cmd("KEYS")
+            .arg("*reply.celery.pidbox*")
+            .query(&mut connection)
+            .unwrap();
+        all
+    };
+    for line in [
+        "inspect ping -t 30",
+        "inspect ping -t 30 -d WORKER,PEER",
+        "status -t 30",
+    ] {
+        let line = line
+            .replace("WORKER", &world.worker.node)
+            .replace("PEER", &world.peer);
+        let start = Instant::now();
+        let said = world.ours(&line);
+        assert!(
+            start.elapsed() < Duration::from_secs(15),
+            "celeriac {line} waited"
+        );
+        assert!(said.out.contains("2 nodes online."), "{}", said.out);
+    }
+    assert_eq!(keys(), Vec::<String>::new());
+}
+
+#[test]
+fn tasks_are_called_and_their_results_printed() {
+    let world = world();
+    for _ in 0..4 {
+        let call = world.ours(r#"call test_task --args ["안녕"] --wait --timeout 60"#);
+        // Which of the two workers takes it shows in the first word.
+        assert!(call.out.ends_with(" received: 안녕\n"), "{call:?}");
+        assert_eq!(call.code, Some(0));
+    }
+    let id = world
+        .ours(r#"call test_task -a ["a"]"#)
+        .out
+        .trim()
+        .to_owned();
+    let (ours, theirs) = (
+        world.ours(&format!("result {id}")),
+        world.theirs(&format!("result {id}")),
+    );
+    assert_eq!((ours.out, ours.code), (theirs.out, theirs.code));
+    // What Celery's command sent is there for ours, too.
+    let id = world
+        .theirs(r#"call test_task --kwargs {"nonsense":1}"#)
+        .out
+        .trim()
+        .to_owned();
+    let (ours, theirs) = (
+        world.ours(&format!("result {id}")),
+        world.theirs(&format!("result {id}")),
+    );
+    assert_eq!((ours.code, theirs.code), (Some(1), Some(1)));
+    let last = |said: &Said| said.err.trim_end().lines().last().unwrap().to_owned();
+    assert_eq!(last(&ours), last(&theirs));
+    let line = format!("result --traceback {id}");
+    assert_eq!(world.ours(&line).out, world.theirs(&line).out);
+    let late = world.ours("result nobody --timeout 0.2");
+    assert_eq!(late.code, Some(1));
+    let later = Instant::now();
+    let said = world.ours(r#"call test_task -a ["late"] --countdown 1.5 --wait --timeout 60"#);
+    assert!(said.out.ends_with(" received: late\n"), "{said:?}");
+    assert!(later.elapsed() >= Duration::from_millis(1500));
+}
+
+#[test]
+fn queues_are_purged_and_bindings_listed_as_celery_does() {
+    let world = world();
+    let (ours, theirs) = (world.ours("list bindings"), world.theirs("list bindings"));
+    assert_eq!((ours.out, ours.code), (theirs.out, theirs.code));
+    let idle = unique("idle");
+    let fill = || {
+        for _ in 0..3 {
+            assert_eq!(
+                world.ours(&format!("call nobody --queue {idle}")).code,
+                Some(0)
+            );
+        }
+    };
+    for line in [
+        "purge -f -Q IDLE",
+        "purge -f -Q IDLE",
+        "purge -f -Q IDLE,nothing",
+        "purge -Q IDLE",
+    ] {
+        let line = line.replace("IDLE", &idle);
+        fill();
+        let ours = world.ours(&line);
+        world.ours(&format!("purge -f -Q {idle}"));
+        fill();
+        let theirs = world.theirs(&line);
+        world.ours(&format!("purge -f -Q {idle}"));
+        assert_eq!(
+            (ours.out, ours.code),
+            (theirs.out, theirs.code),
+            "celeriac {line}"
+        );
+    }
+    fill();
+    let mut process = world
+        .command(env!("CARGO_BIN_EXE_celeriac"), &["purge", "-Q", &idle])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    process
+        .stdin
+        .take()
+        .unwrap()
+        .write_all(b"what?\ny\n")
+        .unwrap();
+    let said = Said::of(process.wait_with_output().unwrap());
+    assert!(
+        said.out
+            .ends_with("Purged 3 messages from 1 known task queue.\n"),
+        "{}",
+        said.out
+    );
+}
+
+#[test]
+fn events_are_dumped_as_celery_dumps_them() {
+    let world = world();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let mut dump = world
+        .command(env!("CARGO_BIN_EXE_celeriac"), &["events"])
+        .stdout(file.reopen().unwrap())
+        .spawn()
+        .unwrap();
+    let text = || std::fs::read_to_string(file.path()).unwrap();
+    for node in [&world.worker.node, &world.peer] {
+        // They are asked for a heartbeat, so that nobody has to wait for one.
+        wait_for("a heartbeat", Duration::from_secs(20), || {
+            text().contains(&format!("{node} [")).then_some(())
+        });
+    }
+    let id = world
+        .ours(r#"call test_task -a ["seen"]"#)
+        .out
+        .trim()
+        .to_owned();
+    let task = format!(": test_task({id}) args=('seen',) kwargs={{}} clock=");
+    for kind in ["received", "started", "succeeded"] {
+        wait_for(kind, Duration::from_secs(20), || {
+            text()
+                .contains(&format!("] task {kind}{task}"))
+                .then_some(())
+        });
+    }
+    assert!(text().starts_with("-> evdump: starting capture...\n"));
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(dump.id()).unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).unwrap();
+    assert_eq!(dump.wait().unwrap().code(), Some(0));
+}

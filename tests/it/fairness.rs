@@ -1,0 +1,293 @@
+//! Limits and turns of users, and work that is done once.
+
+use std::time::{Duration, Instant};
+
+use redis::Commands;
+use serde_json::{Value, json};
+
+use crate::support::git_server::Gate;
+use crate::support::{GitServer, Raw, Repository, Worker, services, unique, wait_for};
+
+const TASK: &str = "analyze_repo_task";
+
+fn repository() -> Repository {
+    let mut repository = Repository::new();
+    repository.commit("Ada <ada@example.com>", &[("a.txt", "one\ntwo\n")]);
+    repository
+}
+
+fn raw_of(worker: &Worker) -> Raw {
+    Raw::new(worker.broker(), &worker.queue)
+}
+
+/// How many permits of a user are alive at the server.
+fn running(raw: &mut Raw, user: &str) -> usize {
+    let key = format!("celeriac.running.{user}");
+    raw.with(|connection| connection.zcard(&key))
+}
+
+fn reason(meta: &Value) -> String {
+    meta["result"]["exc_message"][0]
+        .as_str()
+        .unwrap_or_default()
+        .to_owned()
+}
+
+/// Waits until the task is told to wait; returns why.
+fn wait_waiting(raw: &mut Raw, id: &str) -> String {
+    wait_for(
+        &format!("RETRY of {id}"),
+        Duration::from_secs(20),
+        || match raw.meta(id)? {
+            meta if meta["status"] == "RETRY" => Some(reason(&meta)),
+            _ => None,
+        },
+    )
+}
+
+#[test]
+fn a_users_limit_holds_over_two_workers_and_a_killed_one_gives_back_within_5_s() {
+    let redis = services::redis();
+    let (queue, repository, server) = (unique("q"), repository(), GitServer::start());
+    let start = || {
+        Worker::on(&redis.url)
+            .queue(&queue)
+            .env("USER_MAX_RUNNING", "2")
+            .start()
+    };
+    let mut workers = [start(), start()];
+    let mut raw = raw_of(&workers[0]);
+    let user = unique("u");
+    let tasks: Vec<(String, Gate)> = (0..6)
+        .map(|_| {
+            let (url, gate) = server.gated(&repository);
+            (raw.send(TASK, json!([user, url])), gate)
+        })
+        .collect();
+    let begun = |tasks: &[(String, Gate)]| -> Vec<usize> {
+        let has = |place: &usize| tasks[*place].1.arrivals() > 0;
+        (0..tasks.len()).filter(has).collect()
+    };
+    wait_for("two to run", Duration::from_secs(20), || {
+        (begun(&tasks).len() == 2).then_some(())
+    });
+    for place in (0..6).filter(|place| !begun(&tasks).contains(place)) {
+        let why = wait_waiting(&mut raw, &tasks[place].0);
+        assert!(
+            why.contains("USER_MAX_RUNNING=2") && why.contains("not before 20"),
+            "{why}"
+        );
+    }
+    // Everybody was asked for by now, both workers have free slots, and still:
+    let first = begun(&tasks);
+    assert_eq!((first.len(), running(&mut raw, &user)), (2, 2));
+
+    // A worker that runs at least one of them dies.
+    let runs_any = |worker: &Worker| {
+        let label = |place: &usize| format!("{TASK}[{}] received", tasks[*place].0);
+        first
+            .iter()
+            .any(|place| worker.log().contains(&label(place)))
+    };
+    let dying = workers
+        .iter()
+        .position(runs_any)
+        .expect("one of them runs it");
+    let lost = first
+        .iter()
+        .filter(|place| {
+            let line = format!("{TASK}[{}] received", tasks[**place].0);
+            workers[dying].log().contains(&line)
+        })
+        .count();
+    let killed = Instant::now();
+    workers[dying].kill();
+    // As many start anew (or again) as were lost.
+    let arrived =
+        |tasks: &[(String, Gate)]| -> usize { tasks.iter().map(|(_, gate)| gate.arrivals()).sum() };
+    let most = wait_for("others to start", Duration::from_secs(20), || {
+        let alive = running(&mut raw, &user);
+        assert!(alive <= 2, "{alive} permits");
+        (arrived(&tasks) >= 2 + lost).then_some(alive)
+    });
+    let recovered = killed.elapsed();
+    println!("{lost} lost, started anew after {recovered:?}, {most} permits");
+    assert!(recovered < Duration::from_secs(6), "{recovered:?}");
+    for (_, gate) in &tasks {
+        gate.open();
+    }
+    for (id, _) in &tasks {
+        let mut alive = 0;
+        wait_for("the end", Duration::from_secs(60), || {
+            alive = alive.max(running(&mut raw, &user));
+            (raw.status(id) == "SUCCESS").then_some(())
+        });
+        assert!(alive <= 2, "{alive} permits");
+    }
+    raw.wait_drained();
+    assert_eq!(running(&mut raw, &user), 0);
+}
+
+#[test]
+fn one_users_thousand_tasks_do_not_keep_another_users_first_waiting() {
+    let redis = services::redis();
+    let (repository, server) = (repository(), GitServer::start());
+    let worker = Worker::on(&redis.url).env("USER_MAX_RUNNING", "1").start();
+    let mut raw = raw_of(&worker);
+    let (held, gate) = server.gated(&repository);
+    let many: Vec<String> = (0..1000)
+        .map(|_| raw.send(TASK, json!(["many", held])))
+        .collect();
+    gate.wait_arrivals(1);
+    let sent = Instant::now();
+    let one = raw.send(TASK, json!(["one", server.open(&repository)]));
+    assert_eq!(raw.value(&one)["total_contributors"], 1);
+    println!("behind a thousand: {:?}", sent.elapsed());
+    assert_eq!(gate.arrivals(), 1, "the user with many is at the limit");
+    let last = wait_waiting(&mut raw, &many[999]);
+    assert!(last.contains("user many has 1 running"), "{last}");
+    // What waits can be revoked and does not outlive it.
+    let revoked = worker.ask(
+        "app.control.revoke(sys.argv[1])\nresult = AsyncResult(sys.argv[1], app=app)\n\
+         try:\n    result.get(timeout=20)\nexcept Exception as error:\n    answer([result.state, type(error).__name__])",
+        &[&many[500]],
+    );
+    assert_eq!(revoked, json!(["REVOKED", "TaskRevokedError"]));
+}
+
+#[test]
+fn a_rate_counts_starts_over_all_workers() {
+    let redis = services::redis();
+    let (queue, repository, server) = (unique("q"), repository(), GitServer::start());
+    let start = || {
+        Worker::on(&redis.url)
+            .queue(&queue)
+            .env("USER_RATE_LIMIT", "3/m")
+            .start()
+    };
+    let workers = [start(), start()];
+    let mut raw = raw_of(&workers[0]);
+    let url = server.open(&repository);
+    let sent: Vec<String> = (0..7).map(|_| raw.send(TASK, json!([7, url]))).collect();
+    let states = wait_for("3 done and 4 waiting", Duration::from_secs(30), || {
+        let states: Vec<String> = sent.iter().map(|id| raw.status(id)).collect();
+        let count = |state: &str| states.iter().filter(|one| *one == state).count();
+        (count("SUCCESS") == 3 && count("RETRY") == 4).then_some(states)
+    });
+    let waits = states.iter().position(|state| state == "RETRY").unwrap();
+    let why = wait_waiting(&mut raw, &sent[waits]);
+    assert!(why.contains("USER_RATE_LIMIT=3/m"), "{why}");
+    // Others are not touched by it.
+    let other = raw.send(TASK, json!([8, url]));
+    assert_eq!(raw.value(&other)["status"], "success");
+}
+
+#[test]
+fn a_stored_analysis_answers_while_head_stays_and_the_token_is_good() {
+    let (redis, postgres) = (services::redis(), services::postgres());
+    let (mut repository, server) = (repository(), GitServer::start());
+    let worker = Worker::on(&redis.url)
+        .database(&postgres)
+        .env("RESULT_REUSE_TTL", "3600")
+        .start();
+    let mut raw = raw_of(&worker);
+    let token = unique("secret");
+    let url = server.with_token(&repository, &token);
+    let packs = || {
+        let asked = server.requests();
+        asked
+            .iter()
+            .filter(|request| request.method == "POST" && request.body_has("command=fetch"))
+            .count()
+    };
+    let mut ask = |user: &str, token: Value| {
+        let id = raw.send(TASK, json!([user, url, token]));
+        raw.wait(&id)
+    };
+    let first = ask("a", json!(token));
+    assert_eq!((&first["status"], packs()), (&json!("SUCCESS"), 1));
+    let again = ask("b", json!(token));
+    assert_eq!(again["result"], first["result"]);
+    assert_eq!(packs(), 1, "the second one needed no pack");
+    // Whoever may not read the repository now learns nothing of it.
+    for token in [json!("wrong"), Value::Null] {
+        let refused = ask("c", token);
+        assert_eq!(refused["status"], "FAILURE", "{refused}");
+        assert!(
+            !refused.to_string().contains("ada@example.com"),
+            "{refused}"
+        );
+    }
+    repository.commit("Bob <bob@example.com>", &[("b.txt", "three\n")]);
+    let moved = ask("a", json!(token));
+    assert_eq!(moved["result"]["total_contributors"], 2, "{moved}");
+    assert_eq!(packs(), 2);
+    let rows = postgres
+        .rows("SELECT count(*), count(DISTINCT head_commit) FROM analyses WHERE state = 'SUCCESS'");
+    let row: Vec<&str> = rows[0].iter().flatten().map(String::as_str).collect();
+    assert_eq!(row, ["3", "2"], "every task has its row");
+}
+
+#[test]
+fn tasks_for_the_same_repository_at_once_do_the_work_once() {
+    let redis = services::redis();
+    let (repository, server) = (repository(), GitServer::start());
+    let worker = Worker::on(&redis.url).start();
+    let mut raw = raw_of(&worker);
+    let (url, gate) = server.gated(&repository);
+    let sent: Vec<String> = (0..5)
+        .map(|number| raw.send(TASK, json!([number, url])))
+        .collect();
+    gate.wait_arrivals(1);
+    wait_for("four to wait", Duration::from_secs(20), || {
+        let log = worker.log();
+        let waiting = log.matches("waits for the analysis of the same repository");
+        (waiting.count() == 4).then_some(())
+    });
+    // They hold no slot: something else runs beside them.
+    let other = raw.send(TASK, json!([9, server.open(&repository)]));
+    assert_eq!(raw.value(&other)["status"], "success");
+    // One that waits can be ended.
+    let ended = worker.ask(
+        "app.control.terminate(sys.argv[1])\nresult = AsyncResult(sys.argv[1], app=app)\n\
+         try:\n    result.get(timeout=20)\nexcept Exception as error:\n    answer(result.state)",
+        &[&sent[4]],
+    );
+    assert_eq!(ended, json!("REVOKED"));
+    gate.open();
+    let values: Vec<Value> = sent[..4].iter().map(|id| raw.value(id)).collect();
+    assert!(values.iter().all(|value| *value == values[0]));
+    let asked = server.requests();
+    let packs: Vec<_> = asked
+        .iter()
+        .filter(|request| request.target.contains(path_of(&url)))
+        .filter(|request| request.body_has("command=fetch"))
+        .collect();
+    assert_eq!(packs.len(), 1, "one clone for four tasks");
+    raw.wait_drained();
+}
+
+fn path_of(url: &str) -> &str {
+    let rest = url.strip_prefix("http://").unwrap_or(url);
+    rest.find('/').map_or("", |at| &rest[at..])
+}
+
+#[test]
+fn a_task_whose_leader_fails_does_the_work_itself() {
+    let redis = services::redis();
+    let (repository, server) = (repository(), GitServer::start());
+    let worker = Worker::on(&redis.url).start();
+    let mut raw = raw_of(&worker);
+    let (url, gate) = server.gated(&repository);
+    let limited = raw.send_with(TASK, json!([1, url]), &json!({"timelimit": [2, null]}));
+    gate.wait_arrivals(1);
+    let follower = raw.send(TASK, json!([2, url]));
+    worker.wait_log("waits for the analysis of the same repository");
+    assert_eq!(
+        raw.wait(&limited)["result"]["exc_type"],
+        "TimeLimitExceeded"
+    );
+    gate.wait_arrivals(2);
+    gate.open();
+    assert_eq!(raw.value(&follower)["total_contributors"], 1);
+}

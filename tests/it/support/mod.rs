@@ -1,0 +1,35 @@
+//! What integration tests stand on. Nothing here is mocked.
+
+pub mod git_server;
+pub mod proxy;
+pub mod python;
+pub mod rabbit_server;
+pub mod raw;
+pub mod redis_server;
+pub mod repository;
+pub mod services;
+pub mod waiting;
+pub mod worker;
+
+pub use git_server::GitServer;
+pub use proxy::Proxy;
+pub use rabbit_server::RabbitServer;
+pub use raw::Raw;
+pub use redis_server::RedisServer;
+pub use repository::Repository;
+pub use waiting::wait_for;
+#[allow(unused_imports, reason = "used as soon as the worker runs")]
+pub use worker::Worker;
+
+/// The project's directory.
+pub fn project() -> &'static std::path::Path {
+    std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// A name nobody else uses: for queues, databases, nodes.
+pub fn unique(prefix: &str) -> String {
+    format!(
+        "{prefix}-{}",
+        &uuid::Uuid::new_v4().simple().to_string()[..12]
+    )
+}

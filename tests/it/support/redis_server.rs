@@ -1,0 +1,121 @@
+//! A Redis of one test's own, to be stopped, killed and started again under its clients.
+
+use std::net::{TcpListener, TcpStream};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use tempfile::TempDir;
+
+use super::{services, wait_for};
+
+/// A private server; its port and its directory outlive its process.
+pub struct RedisServer {
+    /// `redis://127.0.0.1:port/0`.
+    pub url: String,
+    port: u16,
+    directory: TempDir,
+    options: Vec<String>,
+    process: Option<Child>,
+}
+
+impl RedisServer {
+    /// One that forgets everything when it ends.
+    pub fn start() -> Self {
+        Self::with(&["--save", "", "--appendonly", "no"])
+    }
+
+    /// One that writes every change down before it answers.
+    pub fn durable() -> Self {
+        Self::with(&["--appendonly", "yes", "--appendfsync", "always"])
+    }
+
+    /// With these options of redis-server.
+    pub fn with(options: &[&str]) -> Self {
+        if Command::new("redis-server")
+            .arg("--version")
+            .output()
+            .is_err()
+        {
+            // Installs the package on its way, or fails with the remedy.
+            drop(services::redis());
+        }
+        let port = fixed_port();
+        let mut server = Self {
+            url: format!("redis://127.0.0.1:{port}/0"),
+            port,
+            directory: tempfile::tempdir().expect("a temporary directory"),
+            options: options.iter().map(|&option| option.to_owned()).collect(),
+            process: None,
+        };
+        server.restart();
+        server
+    }
+
+    /// Starts it again, on the same port and with what it wrote down.
+    #[track_caller]
+    pub fn restart(&mut self) {
+        self.kill();
+        let process = Command::new("redis-server")
+            .args([
+                "--bind",
+                "127.0.0.1",
+                "--port",
+                &self.port.to_string(),
+                "--dir",
+            ])
+            .arg(self.directory.path())
+            .args(&self.options)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("redis-server is installed: apt-get install redis-server");
+        self.process = Some(process);
+        wait_for(
+            &format!("Redis at {}", self.url),
+            Duration::from_secs(20),
+            || {
+                TcpStream::connect(("127.0.0.1", self.port)).ok()?;
+                redis::cmd("PING")
+                    .query::<String>(&mut self.connection().ok()?)
+                    .ok()
+            },
+        );
+    }
+
+    /// Ends it as a power cut does.
+    pub fn kill(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            let _ = process.kill();
+            let _ = process.wait();
+        }
+    }
+
+    /// A connection for looking behind the worker's back.
+    pub fn connect(&self) -> redis::Connection {
+        self.connection()
+            .unwrap_or_else(|error| panic!("no Redis at {}: {error}", self.url))
+    }
+
+    fn connection(&self) -> redis::RedisResult<redis::Connection> {
+        redis::Client::open(self.url.as_str())?.get_connection()
+    }
+}
+
+impl Drop for RedisServer {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// A free port below the range of outgoing connections, or one of them could take it while the
+/// server is down.
+fn fixed_port() -> u16 {
+    loop {
+        let random = uuid::Uuid::new_v4().as_u128() % 8000;
+        let port = 12_000 + u16::try_from(random).expect("below 8000");
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
+}
