@@ -1,0 +1,220 @@
+"""Measures celeriac and a Python Celery worker one after the other; see scripts/bench.
+
+Both get the same command line and settings, and both are asked by the same client process, so
+the client's own time is part of both latencies.
+"""
+import os
+import shlex
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import redis
+from celery import Celery
+
+SERVER = sys.argv[1].rsplit("/", 1)[0]
+TASKS = int(os.environ.get("BENCH_TASKS", "10000"))
+CALLS = 500
+STARTS = 5
+OPTIONS = shlex.split(os.environ.get("BENCH_OPTIONS", ""))
+CELERIAC = os.path.abspath(os.environ["BENCH_CELERIAC"])
+PYTHON = os.path.dirname(sys.executable)
+WORKERS = {
+    "python": [os.path.join(PYTHON, "celery"), "-A", "python_worker", "worker"],
+    "celeriac": [CELERIAC, "worker"],
+}
+
+
+def descendants(pid):
+    found = [pid]
+    for parent in found:
+        try:
+            for thread in os.listdir(f"/proc/{parent}/task"):
+                with open(f"/proc/{parent}/task/{thread}/children", encoding="ascii") as text:
+                    found.extend(int(child) for child in text.read().split())
+        except OSError:
+            pass
+    return found
+
+
+def pss(pid):
+    """Kilobytes of the whole tree: shared pages are counted once in all."""
+    total = 0
+    for member in descendants(pid):
+        try:
+            with open(f"/proc/{member}/smaps_rollup", encoding="ascii") as text:
+                total += sum(int(line.split()[1]) for line in text if line.startswith("Pss:"))
+        except OSError:
+            pass
+    return total
+
+
+def until(what, seconds, condition, pause=0.001):
+    deadline = time.perf_counter() + seconds
+    while not condition():
+        if time.perf_counter() > deadline:
+            sys.exit(f"waited {seconds} s in vain for {what}")
+        time.sleep(pause)
+
+
+class Contender:
+    """One kind of worker with two Redis databases: messages, and results alone."""
+
+    def __init__(self, name, database):
+        self.name = name
+        self.broker = f"{SERVER}/{database}"
+        self.backend = f"{SERVER}/{database + 1}"
+        self.queue = redis.Redis.from_url(self.broker)
+        self.results = redis.Redis.from_url(self.backend)
+        self.app = Celery("bench", broker=self.broker, backend=self.backend)
+        self.process = None
+        self.directory = tempfile.TemporaryDirectory(prefix="celeriac-bench-")
+
+    def clear(self):
+        self.queue.flushdb()
+        self.results.flushdb()
+
+    def start(self, concurrency):
+        environment = {key: value for key, value in os.environ.items()
+                       if not key.startswith(("CELERY_", "QUEUE_", "DATABASE_"))}
+        environment.update(QUEUE_BROKER_URL=self.broker, CELERY_RESULT_BACKEND=self.backend,
+                           HOME=self.directory.name, TMPDIR=self.directory.name,
+                           PYTHONPATH=os.path.abspath("examples/python-worker"))
+        self.log = open(os.path.join(self.directory.name, "log"), "ab")
+        self.process = subprocess.Popen(
+            [*WORKERS[self.name], f"--concurrency={concurrency}", "--loglevel=warning",
+             "-n", f"{self.name}@%h", *OPTIONS],
+            env=environment, cwd=self.directory.name, stdin=subprocess.DEVNULL,
+            stdout=self.log, stderr=self.log, start_new_session=True)
+
+    def stop(self):
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        self.log.close()
+
+    def check(self):
+        if self.process.poll() is not None:
+            with open(self.log.name, encoding="utf-8", errors="replace") as text:
+                sys.exit(f"{self.name} ended with {self.process.returncode}:\n{text.read()[-2000:]}")
+
+    def answers(self):
+        self.check()
+        node = f"{self.name}@{socket.gethostname()}"
+        return bool(self.app.control.ping(destination=[node], timeout=0.02, limit=1))
+
+    def first_result(self):
+        """Milliseconds from the start of the process to the result of a task that waited."""
+        self.clear()
+        self.app.send_task("test_task", args=["first"])
+        begin = time.perf_counter()
+        self.start(2)
+        until("the first result", 60, lambda: self.check() or self.results.dbsize() >= 1)
+        elapsed = time.perf_counter() - begin
+        self.stop()
+        return 1000 * elapsed
+
+    def first_answer(self):
+        """Milliseconds from the start of the process to its first answer to a ping."""
+        self.clear()
+        self.app.control.ping(timeout=0.01)  # the client's own connections
+        begin = time.perf_counter()
+        self.start(2)
+        until("an answer", 60, self.answers, pause=0)
+        elapsed = time.perf_counter() - begin
+        self.stop()
+        return 1000 * elapsed
+
+    def throughput(self):
+        """Tasks per second, from the first result to the last, of a queue that was full."""
+        self.clear()
+        with self.app.producer_pool.acquire(block=True) as producer:
+            for number in range(TASKS):
+                self.app.send_task("test_task", args=[f"message {number}"], producer=producer)
+        self.start(2)
+        until("the first result", 60, lambda: self.check() or self.results.dbsize() >= 1)
+        first, begin = self.results.dbsize(), time.perf_counter()
+        until("all results", 900, lambda: self.results.dbsize() >= TASKS)
+        elapsed = time.perf_counter() - begin
+        self.stop()
+        return (TASKS - first) / elapsed if TASKS > first else float("inf")
+
+    def latency(self):
+        """Milliseconds of send and get(), one after the other: median and 99th percentile."""
+        self.clear()
+        self.start(2)
+        until("an answer", 60, self.answers, pause=0)
+        times = []
+        for number in range(CALLS + 20):
+            begin = time.perf_counter()
+            self.app.send_task("test_task", args=[f"message {number}"]).get(timeout=30)
+            times.append(1000 * (time.perf_counter() - begin))
+        self.stop()
+        times = sorted(times[20:])
+        return statistics.median(times), times[int(len(times) * 0.99)]
+
+    def memory(self):
+        """Megabytes of the idle tree of a worker with four processes."""
+        self.clear()
+        self.start(4)
+        until("an answer", 60, self.answers, pause=0)
+        time.sleep(3)  # what is still starting should not look idle
+        kilobytes, processes = pss(self.process.pid), len(descendants(self.process.pid))
+        self.stop()
+        return kilobytes / 1024, processes
+
+
+def median_of(measure):
+    return statistics.median(measure() for _ in range(STARTS))
+
+
+def installed_size():
+    """Megabytes of the Python packages a Celery worker needs, without the interpreter."""
+    packages = next(path for path in sys.path if path.endswith("site-packages"))
+    total = 0
+    for directory, _, names in os.walk(packages):
+        if not os.path.relpath(directory, packages).startswith(("pip", "setuptools", "flower", "tornado")):
+            total += sum(os.lstat(os.path.join(directory, name)).st_size for name in names)
+    return total / 1e6
+
+
+def main():
+    columns = {}
+    for database, name in ((4080, "python"), (4082, "celeriac")):
+        print(f"measuring {name} …", file=sys.stderr, flush=True)
+        contender = Contender(name, database)
+        median, worst = contender.latency()
+        memory, processes = contender.memory()
+        columns[name] = [contender.throughput(), median, worst, memory, processes,
+                         median_of(contender.first_answer), median_of(contender.first_result),
+                         os.path.getsize(CELERIAC) / 1e6 if name == "celeriac" else installed_size()]
+        contender.clear()
+    rows = [
+        (f"tasks/s, {TASKS:,} queued, concurrency 2", "{:,.0f}", True),
+        (f"send → get(), median of {CALLS}, ms", "{:.2f}", False),
+        ("send → get(), 99th percentile, ms", "{:.2f}", False),
+        ("idle memory (PSS), concurrency 4, MiB", "{:.1f}", False),
+        ("  processes", "{:.0f}", None),
+        (f"start → answers a ping, median of {STARTS}, ms", "{:.0f}", False),
+        (f"start → first result, median of {STARTS}, ms", "{:.0f}", False),
+        ("size: packages without Python / binary, MB", "{:.1f}", False),
+    ]
+    print(f"\n{'':46}{'Python':>12}{'celeriac':>12}{'ratio':>10}")
+    for (label, form, more_is_better), python, celeriac in zip(
+            rows, columns["python"], columns["celeriac"]):
+        ratio = ""
+        if more_is_better is not None:
+            ratio = f"{celeriac / python if more_is_better else python / celeriac:.1f} ×"
+        print(f"{label:<46}{form.format(python):>12}{form.format(celeriac):>12}{ratio:>10}")
+    print("\nBoth: prefork, time limit 1800 s, prefetch multiplier 1, 50 tasks per child"
+          + (", " + " ".join(OPTIONS) if OPTIONS else "") + "; Redis on loopback.")
+
+
+main()
