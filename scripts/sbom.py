@@ -4,11 +4,16 @@ Only what ends up in the program is listed: build scripts' and tests' own depend
 """
 import json
 import sys
+import tomllib
+import uuid
 
 metadata = json.load(sys.stdin)
 packages = {package["id"]: package for package in metadata["packages"]}
 nodes = {node["id"]: node for node in metadata["resolve"]["nodes"]}
 root = metadata["resolve"]["root"]
+with open("Cargo.lock", "rb") as file:
+    checksums = {(package["name"], package["version"]): package["checksum"]
+                 for package in tomllib.load(file)["package"] if "checksum" in package}
 
 
 def linked(node):
@@ -28,6 +33,9 @@ def component(node, kind="library"):
              "version": package["version"], "purl": reference(node)}
     if package.get("license"):
         entry["licenses"] = [{"expression": package["license"].replace("/", " OR ")}]
+    checksum = checksums.get((package["name"], package["version"]))
+    if checksum:
+        entry["hashes"] = [{"alg": "SHA-256", "content": checksum}]
     if package.get("repository"):
         entry["externalReferences"] = [{"type": "vcs", "url": package["repository"]}]
     return entry
@@ -43,6 +51,7 @@ while waiting:
 json.dump({
     "bomFormat": "CycloneDX",
     "specVersion": "1.5",
+    "serialNumber": f"urn:uuid:{uuid.uuid4()}",
     "version": 1,
     "metadata": {"component": component(root, "application")},
     "components": sorted((component(node) for node in found if node != root),
