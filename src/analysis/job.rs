@@ -61,10 +61,20 @@ pub struct Policy {
     pub allow_http: bool,
     /// Hosts; empty: any public one.
     pub hosts: Vec<String>,
+    /// PEM file of the authorities to trust; absent: Mozilla's.
+    pub authorities: Option<PathBuf>,
     /// Most bytes on the wire.
     pub max_bytes: u64,
     /// Most objects.
     pub max_objects: u64,
+    /// Most bytes of one object.
+    pub max_object_size: u64,
+    /// Most bytes of all objects, inflated and with their deltas applied.
+    pub max_inflated: u64,
+    /// Most bytes of disk.
+    pub disk_quota: u64,
+    /// Bytes of disk that are to stay free; absent: what the fetch finds reasonable.
+    pub disk_reserve: Option<u64>,
 }
 
 /// A stage of the work, in order.

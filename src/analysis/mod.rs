@@ -6,7 +6,7 @@
 
 mod job;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
@@ -28,6 +28,14 @@ pub enum Error {
     /// The URL is not one that may be fetched.
     #[error(transparent)]
     Url(#[from] url::Error),
+    /// The file of trusted authorities cannot be used.
+    #[error("read the trusted authorities in {} (REPO_CA_FILE): {detail}", path.display())]
+    Authorities {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        detail: String,
+    },
     /// The repository could not be fetched.
     #[error(transparent)]
     Fetch(#[from] fetch::Error),
@@ -110,9 +118,12 @@ fn fetch_unless(
     progress: OnProgress<'_>,
     interrupt: &AtomicBool,
 ) -> Result<fetch::Fetched, (Stage, Error)> {
-    let policy = url_policy(&job.policy);
+    let mut policy = url_policy(&job.policy);
     let failed = |error: Error| (Stage::Clone, error);
     let url = RepoUrl::parse(&job.url, &policy).map_err(|error| failed(error.into()))?;
+    if let Some(path) = &job.policy.authorities {
+        policy.roots = authorities(path).map_err(failed)?;
+    }
     let token = job.token.clone().map(SecretString::from);
     let request = fetch::Request {
         url: &url,
@@ -134,6 +145,18 @@ fn url_policy(policy: &Policy) -> url::Policy {
         hosts: policy.hosts.clone(),
         ..url::Policy::default()
     }
+}
+
+/// The certificates of a PEM file, at least one.
+pub fn authorities(path: &Path) -> Result<Vec<Vec<u8>>, Error> {
+    let fault = |detail: String| Error::Authorities {
+        path: path.to_owned(),
+        detail,
+    };
+    let pem = std::fs::read(path).map_err(|error| fault(error.to_string()))?;
+    git::http::certificates(&pem)
+        .filter(|found| !found.is_empty())
+        .ok_or_else(|| fault("it holds no certificates in PEM form".to_owned()))
 }
 
 /// One spelling for all spellings of a repository's URL; `None` when it may not be fetched.
@@ -229,6 +252,16 @@ fn limits(job: &Job) -> fetch::Limits {
     if job.policy.max_objects > 0 {
         limits.max_objects = job.policy.max_objects;
     }
+    if job.policy.max_object_size > 0 {
+        limits.max_object_size = job.policy.max_object_size;
+    }
+    if job.policy.max_inflated > 0 {
+        limits.max_inflated = job.policy.max_inflated;
+    }
+    if job.policy.disk_quota > 0 {
+        limits.max_disk = job.policy.disk_quota;
+    }
+    limits.keep_free = job.policy.disk_reserve;
     limits.threads = Some(job.threads.max(1));
     limits
 }
@@ -273,6 +306,8 @@ fn soft_limit(job: &Job) -> Failure {
 fn failure(job: &Job, stage: Stage, error: &Error) -> Failure {
     let exc_type = match error {
         Error::Url(_) => "ValueError",
+        Error::Authorities { .. } => "OSError",
+        Error::Fetch(fetch::Error::DiskLow { .. } | fetch::Error::Disk { .. }) => "OSError",
         Error::Fetch(error) if error.is_transient() => "ConnectionError",
         Error::Fetch(_) => "RuntimeError",
         Error::Git(_) | Error::Blame(_) => "RuntimeError",

@@ -352,7 +352,7 @@ impl DatabaseBackend {
             result: read(row.result)?,
             traceback: row.traceback,
             children: read(row.children)?,
-            date_done: row.date_done.map(|time| time.and_utc()),
+            date_done: row.date_done.map(|time| time.and_utc().fixed_offset()),
             task_id: task_id.to_owned(),
             ..Meta::default()
         };
@@ -479,7 +479,7 @@ impl Backend for DatabaseBackend {
             task_id: &meta.task_id,
             status: &meta.status,
             result: self.bytes(&meta.result)?,
-            date_done: stamp(meta.date_done.unwrap_or_else(Utc::now)),
+            date_done: stamp(meta.date_done.map_or_else(Utc::now, |time| time.to_utc())),
             traceback: meta.traceback.as_deref().map(crate::database::models::text),
             children,
             extended,

@@ -3,8 +3,10 @@
 //! Keys and their order are those Celery writes. Knows nothing of serializers or of where the
 //! document is kept. Answers for `Backend._get_result_meta` in `celery/backends/base.py`.
 
-use chrono::{DateTime, NaiveDateTime, SecondsFormat, Timelike, Utc};
+use chrono::{DateTime, NaiveDateTime};
 use serde_json::{Map, Value};
+
+use crate::protocol::time::{Timestamp, format_iso};
 
 /// The state no later state may replace.
 pub const SUCCESS: &str = "SUCCESS";
@@ -20,8 +22,8 @@ pub struct Meta {
     pub traceback: Option<String>,
     /// Result tuples of what the task published; null when stored outside a task.
     pub children: Value,
-    /// When it ended; only for SUCCESS, FAILURE and REVOKED.
-    pub date_done: Option<DateTime<Utc>>,
+    /// When it ended, in the zone in which it is written; only for SUCCESS, FAILURE and REVOKED.
+    pub date_done: Option<Timestamp>,
     /// Header `group`.
     pub group_id: Option<String>,
     /// Header `parent_id`.
@@ -80,7 +82,7 @@ impl Meta {
         put("result", self.result.clone());
         put("traceback", self.traceback.clone().into());
         put("children", self.children.clone());
-        put("date_done", self.date_done.map(iso).into());
+        put("date_done", self.date_done.as_ref().map(format_iso).into());
         if let Some(group) = &self.group_id {
             put("group_id", group.as_str().into());
         }
@@ -154,23 +156,14 @@ impl Meta {
     }
 }
 
-/// ISO 8601 as Python writes an aware time: microseconds left out when they are zero.
-fn iso(time: DateTime<Utc>) -> String {
-    let digits = match time.nanosecond() / 1000 {
-        0 => SecondsFormat::Secs,
-        _ => SecondsFormat::Micros,
-    };
-    time.to_rfc3339_opts(digits, false)
-}
-
 /// Reads it back; Celery 5.3 writes no offset and means UTC.
-fn parse_iso(text: &str) -> Option<DateTime<Utc>> {
+fn parse_iso(text: &str) -> Option<Timestamp> {
     match DateTime::parse_from_rfc3339(text) {
-        Ok(time) => Some(time.with_timezone(&Utc)),
+        Ok(time) => Some(time),
         Err(_) => text
             .parse::<NaiveDateTime>()
             .ok()
-            .map(|time| time.and_utc()),
+            .map(|time| time.and_utc().fixed_offset()),
     }
 }
 
@@ -215,23 +208,15 @@ mod tests {
     }
 
     #[test]
-    fn microseconds_are_left_out_when_they_are_zero() {
-        assert_eq!(
-            iso("2026-11-22T23:37:39Z".parse().unwrap()),
-            "2026-11-22T23:37:39+00:00"
-        );
-        assert_eq!(
-            iso("2026-11-22T23:37:39.000100Z".parse().unwrap()),
-            "2026-11-22T23:37:39.000100+00:00"
-        );
-    }
-
-    #[test]
     fn times_of_every_celery_version_are_read() {
         let expected = "2026-11-22T23:37:39.760962Z".parse().ok();
-        assert_eq!(parse_iso("2026-11-22T23:37:39.760962+00:00"), expected);
-        assert_eq!(parse_iso("2026-11-22T23:37:39.760962"), expected);
-        assert_eq!(parse_iso("2026-11-23T00:37:39.760962+01:00"), expected);
+        for text in [
+            "2026-11-22T23:37:39.760962+00:00",
+            "2026-11-22T23:37:39.760962",
+            "2026-11-23T00:37:39.760962+01:00",
+        ] {
+            assert_eq!(parse_iso(text), expected, "{text}");
+        }
         assert_eq!(parse_iso("yesterday"), None);
     }
 

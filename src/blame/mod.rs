@@ -24,8 +24,11 @@
 //! lines or on the order of the walk. Therefore the files can be divided among threads, which
 //! share the commits' table and nothing else.
 //!
-//! Left out: `-M`, `-C` and ignored revisions, whose answers in git depend on the whole set of
-//! lines still live; the default of git has none of them.
+//! Commits may be ignored (a reformatting, say): what they settle is then looked for in their
+//! parents by likeness, line by line.
+//!
+//! Left out: `-M` and `-C`, whose answers in git depend on how the lines still live are cut into
+//! pieces; the default of git has neither.
 
 mod compare;
 mod glob;
@@ -33,12 +36,13 @@ mod pass;
 mod pending;
 mod ranges;
 mod shard;
+mod share;
 mod summary;
 mod survey;
 mod tally;
 mod workers;
 
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::git::history::{self, History};
@@ -51,6 +55,7 @@ pub use crate::git::line_diff::Whitespace;
 pub use summary::{Bounded, FileCommits, FileLines, Outcome, Skipped, Statistics};
 
 use shard::{Advance, Shard};
+use share::{Part, Share, WHOLE};
 use survey::Survey;
 
 /// What can be chosen; the default is what `git blame` does by default.
@@ -64,6 +69,9 @@ pub struct Options {
     pub whitespace: Whitespace,
     /// Follow only the first parent of merges.
     pub first_parent: bool,
+    /// Commits that do not count: the lines they changed are those of the parent that they are
+    /// most like, as far as there are such; `--ignore-rev`.
+    pub ignored: Vec<Oid>,
     /// If not empty, only files that fit one of these patterns.
     pub include: Vec<String>,
     /// No files that fit one of these patterns.
@@ -84,6 +92,7 @@ impl Default for Options {
             cache_bytes: 256 << 20,
             whitespace: Whitespace::Exact,
             first_parent: false,
+            ignored: Vec::new(),
             include: Vec::new(),
             exclude: Vec::new(),
             per_file: false,
@@ -118,7 +127,7 @@ impl Default for Limits {
 /// How far a blame has come.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Progress {
-    /// Commits passed, counted once for each part of the files.
+    /// Commits passed, on the average of all parts of the files.
     pub commits_done: u64,
     /// Commits to pass; 0 while they are still being read.
     pub commits_total: u64,
@@ -201,31 +210,48 @@ pub fn blame(
     let prepared = started.elapsed();
 
     let threads = options.threads.max(1);
-    // Twice as many parts as threads, because equal numbers of lines are not equal work.
-    let parts = survey.parts(if threads == 1 { 1 } else { threads * 2 });
-    let total = Progress {
-        commits_total: history.len() as u64 * parts.len() as u64,
-        lines_total: survey.lines,
-        ..Progress::default()
-    };
+    let files = survey.parts(threads);
+    let count = files.len() as u64;
     let advance = Advance::default();
     let report = || {
         progress(Progress {
-            commits_done: advance.commits.load(Ordering::Relaxed),
+            commits_done: advance.commits.load(Ordering::Relaxed) / WHOLE,
+            commits_total: history.len() as u64,
             lines_settled: advance.lines.load(Ordering::Relaxed),
-            ..total
+            lines_total: survey.lines,
         });
     };
     report();
-    let next = AtomicUsize::new(0);
+    let mut parts = Vec::new();
+    for (place, files) in (0..).zip(files) {
+        let live = shard::all_lines(files)?;
+        let mut part = Part {
+            // What does not divide evenly goes to the first.
+            share: WHOLE / count + if place == 0 { WHOLE % count } else { 0 },
+            ..Part::default()
+        };
+        if !live.is_empty() {
+            part.pending.insert(0, live);
+        }
+        parts.push(part);
+    }
+    let ignored = history.find(&options.ignored);
+    let share = Share::new(parts);
     let walk = || {
-        let mut shard = Shard::new(repository, &history, options, workers.stop(), &advance);
-        while let Some(part) = parts.get(next.fetch_add(1, Ordering::Relaxed)) {
-            shard.walk(part)?;
+        let mut shard = Shard::new(
+            repository,
+            &history,
+            options,
+            &ignored,
+            workers.stop(),
+            &advance,
+        );
+        while let Some(mut taken) = share.take(workers.stop())? {
+            shard.walk(std::mem::take(&mut taken.part), &share)?;
         }
         Ok(shard.finish())
     };
-    let jobs = (0..threads.min(parts.len())).map(|_| walk).collect();
+    let jobs = (0..threads).map(|_| walk).collect();
     let walked = workers.run(jobs, &report)?;
     report();
 

@@ -13,11 +13,14 @@ use super::ranges::{self, Range};
 use super::shard::{Live, Shard};
 use super::{Bounded, Error};
 use crate::git::history::CommitIndex;
-use crate::git::line_diff::{Lines, Text};
-use crate::git::objects::Reader;
+use crate::git::line_diff::{Lines, Text, guess};
+use crate::git::objects::{Object, Reader};
 use crate::git::rename::{Blobs, Candidate};
 use crate::git::tree_diff::{Leaf, deleted};
 use crate::git::{self, Oid};
+
+/// A file after a change, and before it.
+type Versions = (Rc<Object>, Rc<Object>);
 
 /// A file of a merge that is not the same in the parents looked at so far.
 struct Undecided {
@@ -60,29 +63,48 @@ impl Shard<'_> {
                 Seen::Absent => missing.push(file),
                 Seen::OtherType => self.settle(commit, &file.value),
                 Seen::Blob(blob) => {
-                    self.split(commit, &file.path, blob, file.blob, &mut file.value)?;
-                    if !self.passed.is_empty() {
-                        let passed = self.passed.clone();
-                        join_path(&mut live, &file.path, passed, trees.1)?;
-                    }
-                    self.settle(commit, &file.value);
+                    let path = file.path.clone();
+                    self.pass_file(commit, &mut file, &path, blob, &mut live)?;
                 }
             }
         }
         if !missing.is_empty() {
             let sources = self.deleted(trees.1, trees.0)?;
             for mut file in missing {
-                if let Some(source) = self.renamed(commit, &file, &sources)? {
-                    self.split(commit, &file.path, source.oid, file.blob, &mut file.value)?;
-                    if !self.passed.is_empty() {
-                        let passed = self.passed.clone();
-                        join_path(&mut live, &source.path, passed, trees.1)?;
+                match self.renamed(commit, &file, &sources)? {
+                    Some(source) => {
+                        self.pass_file(commit, &mut file, &source.path, source.oid, &mut live)?;
                     }
+                    None => self.settle(commit, &file.value),
                 }
-                self.settle(commit, &file.value);
             }
         }
         self.hand_over(parent, live)
+    }
+
+    /// Divides a file's lines between a commit and `live`, that of its only parent, where the
+    /// file has this path and blob.
+    fn pass_file(
+        &mut self,
+        commit: CommitIndex,
+        file: &mut Differing<Vec<Range>>,
+        path: &[u8],
+        blob: Oid,
+        live: &mut Live,
+    ) -> Result<(), Error> {
+        let tree = self.history.tree(self.history.parents(commit)[0]);
+        self.split(commit, &file.path, blob, file.blob, &mut file.value)?;
+        if !self.passed.is_empty() {
+            join_path(live, path, self.passed.clone(), tree)?;
+        }
+        if self.is_ignored(commit) && !file.value.is_empty() {
+            self.look_through(commit, &file.path, blob, file.blob, &mut file.value)?;
+            if !self.passed.is_empty() {
+                join_path(live, path, self.passed.clone(), tree)?;
+            }
+        }
+        self.settle(commit, &file.value);
+        Ok(())
     }
 
     fn pass_to_many(
@@ -134,18 +156,25 @@ impl Shard<'_> {
                     });
                 }
             }
-            for (origin, &parent) in origins.iter().zip(parents) {
-                if one.ranges.is_empty() {
-                    break;
-                }
-                let Some(origin) = origin else {
-                    continue;
-                };
-                let path = &one.file.path;
-                self.split(commit, path, origin.blob, one.file.blob, &mut one.ranges)?;
-                if !self.passed.is_empty() {
-                    let passed = self.passed.clone();
-                    self.hand_over_file(parent, &origin.path, passed)?;
+            let rounds = if self.is_ignored(commit) { 2 } else { 1 };
+            for round in 0..rounds {
+                for (origin, &parent) in origins.iter().zip(parents) {
+                    if one.ranges.is_empty() {
+                        break;
+                    }
+                    let Some(origin) = origin else {
+                        continue;
+                    };
+                    let (path, blob) = (&one.file.path, one.file.blob);
+                    if round == 0 {
+                        self.split(commit, path, origin.blob, blob, &mut one.ranges)?;
+                    } else {
+                        self.look_through(commit, path, origin.blob, blob, &mut one.ranges)?;
+                    }
+                    if !self.passed.is_empty() {
+                        let passed = self.passed.clone();
+                        self.hand_over_file(parent, &origin.path, passed)?;
+                    }
                 }
             }
             self.settle(commit, &one.ranges);
@@ -222,6 +251,50 @@ impl Shard<'_> {
             self.passed.append(ranges);
             return Ok(());
         }
+        if self.compare(commit, path, parent, child)?.is_some() {
+            ranges::split(ranges, &self.hunks, &mut self.kept, &mut self.passed);
+            std::mem::swap(ranges, &mut self.kept);
+        }
+        Ok(())
+    }
+
+    /// Leaves in `ranges`, which are lines the child has changed, those like nothing in the parent,
+    /// and in `passed` what they were in it: for commits that do not count.
+    fn look_through(
+        &mut self,
+        commit: CommitIndex,
+        path: &[u8],
+        parent: Oid,
+        child: Oid,
+        ranges: &mut Vec<Range>,
+    ) -> Result<(), Error> {
+        self.passed.clear();
+        if let Some((old, new)) = self.compare(commit, path, parent, child)?
+            && let (Some(old_lines), Some(new_lines)) = (old.lines.get(), new.lines.get())
+        {
+            let start = Instant::now();
+            let texts = [(&old, old_lines), (&new, new_lines)].map(|(object, lines)| Text {
+                bytes: &object.bytes,
+                lines,
+            });
+            let interrupt = self.reader.interrupt();
+            let guesses = guess(texts[0], texts[1], &self.hunks, interrupt)?;
+            let (kept, passed) = (&mut self.kept, &mut self.passed);
+            ranges::move_guessed(ranges, &self.hunks, &guesses, kept, passed);
+            std::mem::swap(ranges, &mut self.kept);
+            self.statistics.diffing += start.elapsed();
+        }
+        Ok(())
+    }
+
+    /// Fills `hunks`; gives back both versions, or nothing when a limit forbids to compare them.
+    fn compare(
+        &mut self,
+        commit: CommitIndex,
+        path: &[u8],
+        parent: Oid,
+        child: Oid,
+    ) -> Result<Option<Versions>, Error> {
         let start = Instant::now();
         let new = self.reader.blob(child);
         let old = self.reader.blob(parent);
@@ -229,37 +302,38 @@ impl Shard<'_> {
         self.statistics.reading += read - start;
         let (new, old) = match (new, old) {
             (Ok(new), Ok(old)) => (new, old),
-            (Err(error), _) | (_, Err(error)) => return self.bound(commit, path, error),
+            (Err(error), _) | (_, Err(error)) => {
+                self.bound(commit, path, error)?;
+                return Ok(None);
+            }
         };
         let whitespace = self.options.whitespace;
+        // With files of a hundred megabytes each of these steps takes its time.
+        self.reader.check_interrupt()?;
         let mut grown = 0;
         let new_lines = new.lines.get_or_init(|| {
             let lines = Lines::of(&new.bytes, whitespace);
             grown += lines.memory();
             lines
         });
+        self.reader.check_interrupt()?;
         let old_lines = old.lines.get_or_init(|| {
             let lines = Lines::derive(&old.bytes, &new.bytes, new_lines, whitespace);
             grown += lines.memory();
             lines
         });
-        let old = Text {
-            bytes: &old.bytes,
-            lines: old_lines,
-        };
-        let new = Text {
-            bytes: &new.bytes,
-            lines: new_lines,
-        };
+        let texts = [(&old, old_lines), (&new, new_lines)].map(|(object, lines)| Text {
+            bytes: &object.bytes,
+            lines,
+        });
+        self.reader.check_interrupt()?;
         let interrupt = self.reader.interrupt();
         self.differ
-            .diff_until(old, new, &mut self.hunks, interrupt)?;
-        ranges::split(ranges, &self.hunks, &mut self.kept, &mut self.passed);
-        std::mem::swap(ranges, &mut self.kept);
+            .diff_until(texts[0], texts[1], &mut self.hunks, interrupt)?;
         self.reader.grown(grown);
         self.statistics.diffs += 1;
         self.statistics.diffing += read.elapsed();
-        Ok(())
+        Ok(Some((old, new)))
     }
 
     /// An object beyond the limits bounds the work on one path; other errors end it all.
@@ -273,6 +347,10 @@ impl Shard<'_> {
             reason: error.to_string(),
         });
         Ok(())
+    }
+
+    fn is_ignored(&self, commit: CommitIndex) -> bool {
+        self.ignored.contains(&commit)
     }
 
     fn differing<T>(

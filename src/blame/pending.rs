@@ -102,6 +102,86 @@ impl<T> Trie<T> {
         Ok(())
     }
 
+    /// How many files there are.
+    pub(super) fn files(&self) -> usize {
+        let count = |node: &Node<T>| match node {
+            Node::File(_) => 1,
+            Node::Directory(inner) => inner.files(),
+        };
+        self.entries.values().map(count).sum()
+    }
+
+    /// Shows all files in order, each with the names on its path.
+    pub(super) fn each<'t>(&'t self, visit: &mut impl FnMut(&[&'t [u8]], &'t T)) {
+        self.each_below(&mut Vec::new(), visit);
+    }
+
+    fn each_below<'t>(
+        &'t self,
+        path: &mut Vec<&'t [u8]>,
+        visit: &mut impl FnMut(&[&'t [u8]], &'t T),
+    ) {
+        for (name, node) in &self.entries {
+            path.push(name);
+            match node {
+                Node::File(value) => visit(path, value),
+                Node::Directory(inner) => inner.each_below(path, visit),
+            }
+            path.pop();
+        }
+    }
+
+    /// The path of a file with about half of all weight before it; never the first one.
+    pub(super) fn middle(&self, weight: &dyn Fn(&T) -> u64) -> Option<Vec<Box<[u8]>>> {
+        let mut files = Vec::new();
+        let mut before: Vec<&[u8]> = Vec::new();
+        self.each(&mut |path, value| {
+            let shared = common(&before, path);
+            before = path.to_vec();
+            files.push((shared, weight(value)));
+        });
+        let all = files.iter().map(|(_, weight)| weight).sum();
+        let place = cut(&files, all, all / 2, all / 5)?;
+        let (mut number, mut middle) = (0, None);
+        self.each(&mut |path, _| {
+            if number == place {
+                middle = Some(path.iter().map(|&name| name.into()).collect());
+            }
+            number += 1;
+        });
+        middle
+    }
+
+    /// Takes out all files from a path on, in the order of [`Trie::each`].
+    pub(super) fn split_off(&mut self, path: &[Box<[u8]>]) -> Trie<T> {
+        let Some((name, below)) = path.split_first() else {
+            return std::mem::take(self);
+        };
+        let mut rest = Trie {
+            entries: self.entries.split_off(name),
+        };
+        if below.is_empty() {
+            return rest;
+        }
+        // The directory at the cut is divided itself; a file of that name comes before what is in it.
+        match rest.entries.remove(name) {
+            Some(Node::Directory(mut inner)) => {
+                let cut = inner.split_off(below);
+                if !cut.is_empty() {
+                    rest.entries.insert(name.clone(), Node::Directory(cut));
+                }
+                if !inner.is_empty() {
+                    self.entries.insert(name.clone(), Node::Directory(inner));
+                }
+            }
+            Some(file) => {
+                self.entries.insert(name.clone(), file);
+            }
+            None => {}
+        }
+        rest
+    }
+
     /// Hands over all files.
     pub(super) fn drain(self, visit: &mut impl FnMut(T)) {
         for node in self.entries.into_values() {
@@ -111,6 +191,33 @@ impl<T> Trie<T> {
             }
         }
     }
+}
+
+/// How many directories two paths share.
+pub(super) fn common(one: &[&[u8]], other: &[&[u8]]) -> usize {
+    let pairs = one.iter().zip(other);
+    pairs.take_while(|(one, other)| one == other).count()
+}
+
+/// Where to cut a list of files so that about `wanted` of the weight is before the cut.
+///
+/// Directories that both sides share are walked through twice. So of the cuts that are less than `slack` off, one
+/// between files that share as few directories as possible is the best, and of such the one that is nearest.
+/// `files` tells of each how many directories it shares with the one before, and its weight.
+pub(super) fn cut(files: &[(usize, u64)], all: u64, wanted: u64, slack: u64) -> Option<usize> {
+    let mut before = 0;
+    let mut best: Option<(bool, usize, u64, usize)> = None;
+    for (place, &(shared, weight)) in files.iter().enumerate() {
+        let off = wanted.abs_diff(before.min(all));
+        let is_far = off > slack;
+        // Among those that are too far off the nearest one counts, whatever is shared there.
+        let cost = (is_far, if is_far { 0 } else { shared }, off, place);
+        if place > 0 && best.is_none_or(|best| cost < best) {
+            best = Some(cost);
+        }
+        before += weight;
+    }
+    best.map(|(.., place)| place)
 }
 
 #[cfg(test)]
@@ -140,6 +247,25 @@ mod tests {
             found.push(values);
         });
         assert_eq!(found, [vec![1, 3], vec![2], vec![4], vec![5]]);
+    }
+
+    #[test]
+    fn a_cut_is_made_where_few_directories_are_shared() {
+        let one = |shared| (shared, 1);
+        let files = [
+            one(0),
+            one(2),
+            one(2),
+            one(1),
+            one(2),
+            one(2),
+            one(2),
+            one(2),
+        ];
+        assert_eq!(cut(&files, 8, 4, 1), Some(3));
+        assert_eq!(cut(&files, 8, 4, 0), Some(4));
+        assert_eq!(cut(&[(0, 1), (0, 60), (5, 9)], 70, 35, 10), Some(2));
+        assert_eq!(cut(&[(0, 9)], 9, 4, 1), None);
     }
 
     #[test]

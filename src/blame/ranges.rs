@@ -3,7 +3,7 @@
 //! A [`Range`] counts lines as they stand in one version of one file; which, its place in the
 //! [`Trie`](super::pending::Trie) of a commit says. It remembers the file at HEAD whose lines
 //! they are, because two files of today may meet in one file of the past. Lists of ranges are
-//! sorted by start; those of different files may overlap.
+//! sorted by start; they may overlap, because two lines of today may have one origin.
 
 use crate::git::line_diff::Hunk;
 
@@ -84,10 +84,54 @@ pub(super) fn split(
         }
     }
     // Ranges that overlap may have been cut into pieces that are out of order.
-    for list in [kept, passed] {
-        if !list.is_sorted_by_key(|range| range.start) {
-            list.sort_by_key(|range| (range.start, range.file));
+    sort(kept);
+    sort(passed);
+}
+
+/// Moves lines that are in hunks to those of the parent they are `guesses` of; what has none stays.
+///
+/// `guesses` are for the lines of all hunks, in order.
+pub(super) fn move_guessed(
+    ranges: &[Range],
+    hunks: &[Hunk],
+    guesses: &[Option<u32>],
+    kept: &mut Vec<Range>,
+    passed: &mut Vec<Range>,
+) {
+    kept.clear();
+    passed.clear();
+    // Where the guesses of each hunk begin.
+    let mut firsts = Vec::with_capacity(hunks.len());
+    let mut first = 0;
+    for hunk in hunks {
+        firsts.push(first);
+        first += hunk.b_len as usize;
+    }
+    for range in ranges {
+        for start in range.start..range.end() {
+            let line = Range {
+                start,
+                len: 1,
+                file: range.file,
+            };
+            let place = hunks.partition_point(|hunk| hunk.b + hunk.b_len <= start);
+            let guess = hunks
+                .get(place)
+                .filter(|hunk| hunk.b <= start)
+                .and_then(|hunk| *guesses.get(firsts[place] + (start - hunk.b) as usize)?);
+            match guess {
+                Some(start) => push(passed, Range { start, ..line }),
+                None => push(kept, line),
+            }
         }
+    }
+    sort(kept);
+    sort(passed);
+}
+
+fn sort(ranges: &mut [Range]) {
+    if !ranges.is_sorted_by_key(|range| range.start) {
+        ranges.sort_by_key(|range| (range.start, range.file));
     }
 }
 

@@ -6,6 +6,7 @@ use crate::git::tree_diff::{Leaf, leaves};
 use crate::git::{self, Oid};
 
 use super::glob::Glob;
+use super::pending::{common, cut};
 use super::{Error, Options, Skipped};
 
 /// A NUL among so many first bytes makes a file binary, as in git.
@@ -95,25 +96,30 @@ impl Survey {
         Ok(())
     }
 
-    /// Cuts the files into `count` parts in a row with about the same number of lines.
+    /// Cuts the files into up to `count` parts in a row with about the same number of lines.
     pub(super) fn parts(&self, count: usize) -> Vec<&[File]> {
         let mut parts = Vec::new();
         let mut rest = &self.files[..];
         let mut lines = self.lines;
-        for left in (1..=count as u64).rev() {
-            let share = lines.div_ceil(left);
-            let mut taken = 0;
-            let mut end = 0;
-            while end < rest.len() && (taken < share || left == 1) {
-                taken += u64::from(rest[end].lines);
-                end += 1;
+        for left in (2..=count as u64).rev() {
+            let mut before: Vec<&[u8]> = Vec::new();
+            let mut files = Vec::with_capacity(rest.len());
+            for file in rest {
+                let names: Vec<&[u8]> = file.path.split(|&byte| byte == b'/').collect();
+                files.push((common(&before, &names), u64::from(file.lines)));
+                before = names;
             }
+            let share = lines / left;
+            let Some(end) = cut(&files, lines, share, share / 3) else {
+                break;
+            };
             let (part, after) = rest.split_at(end);
+            lines -= files[..end].iter().map(|(_, lines)| lines).sum::<u64>();
             rest = after;
-            lines -= taken;
-            if !part.is_empty() {
-                parts.push(part);
-            }
+            parts.push(part);
+        }
+        if !rest.is_empty() {
+            parts.push(rest);
         }
         parts
     }
@@ -142,7 +148,7 @@ mod tests {
             let share = survey.lines / count as u64;
             for part in parts {
                 let lines: u64 = part.iter().map(|file| u64::from(file.lines)).sum();
-                assert!(lines <= share + 13, "{lines} of {share}");
+                assert!(lines <= share * 5 / 3 + 13, "{lines} of {share}");
             }
         }
     }

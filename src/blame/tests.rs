@@ -9,6 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use super::*;
 
 mod fixture;
+mod fuzz;
 mod hostile;
 mod random;
 
@@ -198,6 +199,12 @@ fn options_choose_what_gits_own_options_choose() {
         };
         let expected = fixture.git_lines(&["--first-parent"]);
         assert_eq!(fixture.our_lines(&first), expected, "{seed}");
+        let both = Options {
+            whitespace: Whitespace::IgnoreAll,
+            ..first
+        };
+        let expected = fixture.git_lines(&["-w", "--first-parent"]);
+        assert_eq!(fixture.our_lines(&both), expected, "{seed}");
     }
 }
 

@@ -18,7 +18,7 @@ use crate::analysis::{self, Job, Progress, Report, Stage};
 use crate::blame::{self, Whitespace};
 use crate::config::Settings;
 use crate::database::{Database, DatabaseUrl};
-use crate::git::Repository;
+use crate::git::{Oid, Repository, ignored};
 use crate::tasks::analyze_repo::{Call, completed, policy};
 use crate::worker::shutdown;
 
@@ -62,6 +62,7 @@ pub(super) fn run(global: &Global, options: &Analyze) -> anyhow::Result<i32> {
 struct Found {
     report: Report,
     files: Option<Value>,
+    statistics: Option<blame::Statistics>,
 }
 
 fn blame_options(options: &Analyze, settings: &Settings) -> blame::Options {
@@ -71,6 +72,7 @@ fn blame_options(options: &Analyze, settings: &Settings) -> blame::Options {
         include: options.include.clone(),
         exclude: options.exclude.clone(),
         per_file: options.files,
+        per_commit: options.commits,
         ..blame::Options::default()
     };
     if let Some(threads) = options.threads {
@@ -101,14 +103,43 @@ fn blame_at(
     options: &Analyze,
     settings: &Settings,
     path: &Path,
-    commit: Option<crate::git::Oid>,
+    commit: Option<Oid>,
     progress: analysis::OnProgress<'_>,
     interrupt: &AtomicBool,
 ) -> anyhow::Result<Found> {
-    let chosen = blame_options(options, settings);
+    let mut chosen = blame_options(options, settings);
+    if let Some(commit) = commit {
+        chosen.ignored = ignored(options, path, commit)?;
+    }
     let (report, outcome) = analysis::read(path, commit, &chosen, progress, interrupt)?;
-    let files = outcome.as_ref().and_then(by_file);
-    Ok(Found { report, files })
+    let files = outcome
+        .as_ref()
+        .and_then(|outcome| by_file(outcome).or_else(|| by_commit(outcome)));
+    Ok(Found {
+        report,
+        files,
+        statistics: outcome.map(|outcome| outcome.statistics),
+    })
+}
+
+/// The commits to look through.
+fn ignored(options: &Analyze, path: &Path, commit: Oid) -> anyhow::Result<Vec<Oid>> {
+    let repository = Repository::open(path)?;
+    let mut commits = Vec::new();
+    for revision in &options.ignore_rev {
+        commits.push(repository.resolve(revision)?);
+    }
+    for file in &options.ignore_revs_file {
+        let text = match std::fs::read(file) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => repository
+                .file(commit, file)?
+                .with_context(|| format!("{file}: no such file here or in {commit}"))?,
+            Err(error) => return Err(error).with_context(|| format!("cannot read {file}")),
+        };
+        commits.extend(repository.commits_of(&ignored::parse(&text, file)?)?);
+    }
+    Ok(commits)
 }
 
 fn fetch(
@@ -170,6 +201,20 @@ fn by_file(outcome: &blame::Outcome) -> Option<Value> {
             authors.insert(email, Value::from(*lines));
         }
         map.insert(text(&file.path), Value::Object(authors));
+    }
+    Some(Value::Object(map))
+}
+
+/// `{path: {commit: lines}}`.
+fn by_commit(outcome: &blame::Outcome) -> Option<Value> {
+    let mut map = Map::new();
+    for file in outcome.per_commit.as_ref()? {
+        let commits = file
+            .commits
+            .iter()
+            .map(|(commit, lines)| (commit.to_string(), Value::from(*lines)));
+        let path = String::from_utf8_lossy(&file.path).into_owned();
+        map.insert(path, Value::Object(commits.collect()));
     }
     Some(Value::Object(map))
 }
@@ -340,8 +385,28 @@ fn to_json(options: &Analyze, found: &Found) -> Value {
     }
     if options.statistics {
         value["seconds"] = json!({"fetch": report.seconds.0, "blame": report.seconds.1});
+        value["statistics"] = found.statistics.as_ref().map_or(Value::Null, statistics);
     }
     value
+}
+
+/// What the blame took; the times of several threads are added.
+fn statistics(sum: &blame::Statistics) -> Value {
+    json!({
+        "commits": sum.commits,
+        "commits_visited": sum.commits_visited,
+        "trees": sum.trees,
+        "objects": sum.objects,
+        "diffs": sum.diffs,
+        "renames": sum.renames,
+        "inflated_bytes": sum.inflated_bytes,
+        "object_bytes": sum.object_bytes,
+        "seconds_preparing": sum.preparing.as_secs_f64(),
+        "seconds_comparing_trees": sum.comparing_trees.as_secs_f64(),
+        "seconds_reading": sum.reading.as_secs_f64(),
+        "seconds_diffing": sum.diffing.as_secs_f64(),
+        "seconds_renaming": sum.renaming.as_secs_f64(),
+    })
 }
 
 /// Author data is data: no control character of it reaches a terminal.

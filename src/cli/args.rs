@@ -466,6 +466,9 @@ pub(super) struct Worker {
     /// default or fair: both are fair
     #[arg(short = 'O', value_name = "PROFILE", value_parser = ["default", "fair"])]
     pub optimization: Option<String>,
+    /// There is no scheduler here; named so that the error can say what to do instead
+    #[arg(short = 'B', long, hide = true)]
+    pub beat: bool,
     /// Accepted for compatibility: the tasks are built in
     #[arg(short = 'I', long, hide = true, value_name = "MODULES")]
     pub include: Option<String>,
@@ -495,6 +498,9 @@ pub(super) struct Analyze {
     /// Lines per file and author (with --json)
     #[arg(long, requires = "json")]
     pub files: bool,
+    /// Lines per file and commit (with --json)
+    #[arg(long, requires = "json", conflicts_with = "files")]
+    pub commits: bool,
     /// Print at most so many contributors; 0 is all
     #[arg(short = 'n', long, default_value_t = 20, value_name = "N")]
     pub limit: usize,
@@ -510,6 +516,13 @@ pub(super) struct Analyze {
     /// Follow first parents only, as git blame --first-parent does
     #[arg(long)]
     pub first_parent: bool,
+    /// Look through this commit, as git blame --ignore-rev does; may be repeated
+    #[arg(long, value_name = "REVISION")]
+    pub ignore_rev: Vec<String>,
+    /// Look through the commits that this file lists, as git blame --ignore-revs-file does: a
+    /// file here or, if there is none, in the commit (.git-blame-ignore-revs); may be repeated
+    #[arg(long, value_name = "FILE")]
+    pub ignore_revs_file: Vec<String>,
     /// Only files that match this glob; may be repeated
     #[arg(long, value_name = "GLOB")]
     pub include: Vec<String>,

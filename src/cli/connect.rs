@@ -3,10 +3,12 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{anyhow, bail};
 use serde_json::Value;
 
+use super::refused;
 use crate::backend::{self, Backend};
 use crate::config::Settings;
 use crate::database::{Database, DatabaseUrl};
@@ -25,15 +27,18 @@ const CONSUMER_TIMEOUT: f64 = 1800.0;
 
 /// The transport that the broker URL chooses.
 pub(super) fn transport(settings: &Settings, node: &str) -> anyhow::Result<Arc<dyn Transport>> {
-    let mut urls = BrokerUrl::parse_list(&settings.broker_url)
-        .map_err(|error| anyhow!("QUEUE_BROKER_URL: {error}"))?;
-    if settings.broker_failover_strategy == "shuffle" {
-        urls.sort_by_cached_key(|_| uuid::Uuid::new_v4());
-    }
-    let first = urls
-        .first()
-        .ok_or_else(|| anyhow!("QUEUE_BROKER_URL: no URL in it"))?;
+    let mut urls = BrokerUrl::parse_list(&settings.broker_url).map_err(|error| {
+        let name = refused::address("QUEUE_BROKER_URL", &settings.broker_url);
+        anyhow!("{name}: {error}")
+    })?;
+    let Some((first, others)) = urls.split_first_mut() else {
+        bail!("QUEUE_BROKER_URL: no URL in it");
+    };
     if first.scheme.is_redis() {
+        // The first is the first with kombu, too.
+        if settings.broker_failover_strategy == "shuffle" {
+            others.sort_by_cached_key(|_| uuid::Uuid::new_v4());
+        }
         redis_transport(settings, node, &urls)
     } else {
         amqp_transport(settings, node, &urls)
@@ -66,7 +71,8 @@ fn amqp_transport(
 ) -> anyhow::Result<Arc<dyn Transport>> {
     // The settings first: an option of the same meaning says it once more.
     let defaults = amqp::Options {
-        heartbeat: seconds(settings.broker_heartbeat).unwrap_or_default(),
+        heartbeat: heartbeat(settings),
+        shuffle: settings.broker_failover_strategy == "shuffle",
         connect_timeout: seconds(settings.broker_connection_timeout)
             .unwrap_or(amqp::Options::default().connect_timeout),
         connection_name: node.to_owned(),
@@ -94,6 +100,14 @@ fn amqp_transport(
     Ok(Arc::new(
         transport.map_err(|error| anyhow!("QUEUE_BROKER_URL: {error}"))?,
     ))
+}
+
+/// What was set, unless it is Celery's default: then ours, which finds a dead connection sooner.
+fn heartbeat(settings: &Settings) -> Duration {
+    if settings.broker_heartbeat == Settings::default().broker_heartbeat {
+        return amqp::Options::default().heartbeat;
+    }
+    seconds(settings.broker_heartbeat).unwrap_or_default()
 }
 
 fn delayed_queue_type(settings: &Settings) -> anyhow::Result<String> {
@@ -180,8 +194,11 @@ fn backend_with(
         max_retries: Some(asked.unwrap_or(tries)),
         ..backend_options(settings)
     };
-    backend::connect(&url, &options, Some(transport.clone()))
-        .map_err(|error| anyhow!("CELERY_RESULT_BACKEND: {error}"))
+    backend::connect(&url, &options, Some(transport.clone())).map_err(|error| match error {
+        // Names the variable itself.
+        backend::Error::Url(text) => anyhow!(text),
+        other => anyhow!("CELERY_RESULT_BACKEND: {other}"),
+    })
 }
 
 fn backend_options(settings: &Settings) -> backend::Options {

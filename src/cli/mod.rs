@@ -20,6 +20,7 @@ mod paint;
 mod pidfile;
 mod purge;
 mod python;
+mod refused;
 mod remote;
 mod report;
 mod result;
@@ -29,7 +30,7 @@ mod terminal;
 mod token;
 mod worker;
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 
 use args::{Cli, Command, Global, List};
 
@@ -38,7 +39,19 @@ const USAGE: i32 = 2;
 
 /// Runs the program; returns its exit code.
 pub fn run() -> i32 {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let mut command = Cli::command();
+            // Otherwise an argument cannot be named yet.
+            command.build();
+            if let Some(text) = refused::of_environment(&error, &command) {
+                output::print_error(&format!("Error: {text}\n"));
+                return USAGE;
+            }
+            error.exit()
+        }
+    };
     if let Some(directory) = &cli.global.workdir
         && let Err(error) = std::env::set_current_dir(directory)
     {

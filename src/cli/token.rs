@@ -28,6 +28,9 @@ pub(super) fn run(global: &Global, command: &TokenCommand) -> anyhow::Result<i32
              it to the workers too"
         );
     }
+    if let TokenCommand::Set { user, host } | TokenCommand::Rm { user, host } = command {
+        check(user, host)?;
+    }
     let token = match command {
         TokenCommand::Set { .. } => Some(read()?),
         _ => None,
@@ -72,6 +75,21 @@ pub(super) fn run(global: &Global, command: &TokenCommand) -> anyhow::Result<i32
         }
         Ok(0)
     })
+}
+
+/// What would be stored and never found again.
+fn check(user: &str, host: &str) -> anyhow::Result<()> {
+    if user.trim().is_empty() {
+        bail!("the user is empty; it is the user_id that tasks come with");
+    }
+    let is_name = |letter: char| letter.is_ascii_alphanumeric() || "-._:[]".contains(letter);
+    if host.is_empty() || !host.chars().all(is_name) {
+        bail!(
+            "{host:?} is no host; give its name alone, and the port unless it is 443: \
+             git.example.com or git.example.com:8443"
+        );
+    }
+    Ok(())
 }
 
 /// The first line of standard input; a terminal does not show it.

@@ -8,12 +8,15 @@ use tokio::sync::mpsc;
 
 use super::args::{Global, Worker};
 use super::{banner, connect};
+use crate::analysis;
 use crate::config::{self, Loaded, Settings};
 use crate::database::Keys;
 use crate::logging;
 use crate::pool::{self, Sandbox};
 use crate::protocol::nodename::{self, Nodename};
 use crate::protocol::serialization::Accept;
+use crate::protocol::zone::Zones;
+use crate::tasks::analyze_repo;
 use crate::transport::Queue;
 use crate::transport::url::{BrokerUrl, Scheme};
 use crate::worker::autoscale::Range;
@@ -24,6 +27,9 @@ use crate::worker::{rate_limit, shutdown};
 
 /// Runs a worker; returns the exit code.
 pub(super) fn run(global: &Global, options: &Worker) -> anyhow::Result<i32> {
+    if options.beat {
+        bail!("-B: celeriac has no scheduler; run `celery beat` from Python beside this worker");
+    }
     shutdown::block().context("cannot block signals")?;
     let Loaded { settings, idle, .. } = config::load(&overrides(global, options)?)?;
     check(&settings)?;
@@ -51,6 +57,10 @@ pub(super) fn run(global: &Global, options: &Worker) -> anyhow::Result<i32> {
         },
         ..logging::Options::default()
     })?;
+    // A core dump of the worker would hold every token it works with.
+    if let Err(error) = nix::sys::prctl::set_dumpable(false) {
+        log::warn!("Core dumps of this worker cannot be switched off: {error}");
+    }
     for (variable, known) in idle {
         log::warn!("{variable} has no effect here: {}", known.note);
     }
@@ -60,9 +70,9 @@ pub(super) fn run(global: &Global, options: &Worker) -> anyhow::Result<i32> {
 
     let (sender, wishes) = mpsc::unbounded_channel();
     shutdown::listen(sender.clone()).context("cannot start the thread that waits for signals")?;
-    // The children compute; two threads are plenty for speaking.
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
+    // The children compute. One thread speaks: with several, each step of a message would wake
+    // another thread, which costs more than the step.
+    let runtime = tokio::runtime::Builder::new_current_thread()
         .max_blocking_threads(16)
         .enable_all()
         .build()
@@ -95,9 +105,15 @@ fn blueprint(
     let database = connect::database(&settings)?;
     let token_keys = token_keys(&settings)?;
     warn_of_open_redis(&settings);
+    let zones = Zones::new(settings.timezone.as_deref(), settings.enable_utc)
+        .map_err(|reason| anyhow::anyhow!("CELERY_TIMEZONE: {reason}"))?;
     let accept = Accept::from_names(settings.accept_content.iter().map(String::as_str))
         .map_err(|error| anyhow!("CELERY_ACCEPT_CONTENT: {error}"))?;
     let queues = queues(&settings, options)?;
+    if let Some(path) = analyze_repo::authorities(&settings) {
+        // A file that nobody can use would fail every single analysis.
+        analysis::authorities(&path)?;
+    }
     let scratch = Scratch::create(&std::env::temp_dir())?;
     let autoscale = options
         .autoscale
@@ -121,6 +137,10 @@ fn blueprint(
         Sandbox {
             allow_local: settings.allow_local_repos,
             connect_ports: ports(&settings),
+            read: analyze_repo::authorities(&settings).into_iter().collect(),
+            // A child that was taken over is bounded too; small files are its own business.
+            max_file_size: Some(settings.clone_disk_quota.max(1 << 20))
+                .filter(|_| settings.clone_disk_quota > 0),
             ..Sandbox::default()
         }
     } else {
@@ -133,6 +153,7 @@ fn blueprint(
         database,
         token_keys,
         accept,
+        zones,
         queues,
         pool: pool::Options {
             size,

@@ -150,21 +150,16 @@ pub const CATALOGUE: &[Known] = &[
     known(
         "broker_heartbeat_checkrate",
         "3.0",
-        NotYet,
-        "comes with the AMQP transport",
+        Never,
+        "the AMQP library checks heartbeats by itself",
     ),
     known("broker_host", "", Never, "use broker_url"),
-    known(
-        "broker_login_method",
-        "",
-        NotYet,
-        "comes with the AMQP transport",
-    ),
+    known("broker_login_method", "", Honoured, ""),
     known(
         "broker_native_delayed_delivery_queue_type",
         "quorum",
-        NotYet,
-        "comes with the AMQP transport",
+        Honoured,
+        "",
     ),
     known("broker_password", "", Never, "use broker_url"),
     known(
@@ -383,12 +378,7 @@ pub const CATALOGUE: &[Known] = &[
         Never,
         "there is no result backend for Elasticsearch",
     ),
-    known(
-        "enable_utc",
-        "True",
-        NotYet,
-        "times are read in every zone and shown in the one they came in",
-    ),
+    known("enable_utc", "True", Honoured, ""),
     known("event_exchange", "celeryev", Honoured, ""),
     known(
         "event_queue_durable",
@@ -499,12 +489,7 @@ pub const CATALOGUE: &[Known] = &[
     known("result_cache_max", "-1", NotAWorkers, "a client's cache"),
     known("result_chord_expires", "", Honoured, ""),
     known("result_chord_join_timeout", "3.0", Honoured, ""),
-    known(
-        "result_chord_retry_interval",
-        "1.0",
-        NotYet,
-        "chords on backends that cannot count need a Python worker",
-    ),
+    known("result_chord_retry_interval", "1.0", Honoured, ""),
     known("result_compression", "", Honoured, ""),
     known(
         "result_exchange",
@@ -598,12 +583,7 @@ pub const CATALOGUE: &[Known] = &[
         NotYet,
         "missing queues are direct ones",
     ),
-    known(
-        "task_create_missing_queue_type",
-        "classic",
-        NotYet,
-        "task_default_queue_type decides",
-    ),
+    known("task_create_missing_queue_type", "classic", Honoured, ""),
     known("task_create_missing_queues", "True", Honoured, ""),
     known(
         "task_default_delivery_mode",
@@ -668,12 +648,7 @@ pub const CATALOGUE: &[Known] = &[
     known("task_store_errors_even_if_ignored", "False", Honoured, ""),
     known("task_time_limit", "", Honoured, ""),
     known("task_track_started", "False", Honoured, ""),
-    known(
-        "timezone",
-        "",
-        NotYet,
-        "times are read in every zone and shown in the one they came in",
-    ),
+    known("timezone", "", Honoured, ""),
     known("worker_agent", "", Never, "a Python class"),
     known(
         "worker_autoscaler",
@@ -684,8 +659,8 @@ pub const CATALOGUE: &[Known] = &[
     known(
         "worker_cancel_long_running_tasks_on_connection_loss",
         "False",
-        NotYet,
-        "a task whose lease was lost is ended; others go on",
+        Honoured,
+        "",
     ),
     known("worker_concurrency", "", Honoured, ""),
     known(
@@ -695,12 +670,7 @@ pub const CATALOGUE: &[Known] = &[
         "a Python class",
     ),
     known("worker_deduplicate_successful_tasks", "False", Honoured, ""),
-    known(
-        "worker_detect_quorum_queues",
-        "True",
-        NotYet,
-        "comes with the AMQP transport",
-    ),
+    known("worker_detect_quorum_queues", "True", Honoured, ""),
     known(
         "worker_direct",
         "False",
@@ -712,8 +682,8 @@ pub const CATALOGUE: &[Known] = &[
     known(
         "worker_enable_prefetch_count_reduction",
         "True",
-        NotYet,
-        "held deliveries keep their places over a reconnect, so nothing has to be reduced",
+        Honoured,
+        "on RabbitMQ without quorum queues; elsewhere left out, as in Celery",
     ),
     known("worker_enable_remote_control", "True", Honoured, ""),
     known("worker_enable_soft_shutdown_on_idle", "False", Honoured, ""),
@@ -785,12 +755,7 @@ pub const CATALOGUE: &[Known] = &[
     ),
     known("worker_send_task_events", "False", Honoured, ""),
     known("worker_soft_shutdown_timeout", "0.0", Honoured, ""),
-    known(
-        "worker_state_db",
-        "",
-        NotYet,
-        "revoked ids live as long as the workers of the cluster",
-    ),
+    known("worker_state_db", "", Honoured, ""),
     known(
         "worker_task_log_datefmt",
         "",
@@ -841,10 +806,9 @@ mod tests {
     fn what_is_honoured_has_an_entry_among_the_settings_and_the_rest_a_reason() {
         for known in CATALOGUE {
             let has_entry = SETTINGS.iter().any(|setting| setting.name == known.name);
-            // Some are shown by `inspect conf` although they have no effect yet.
             let fits = has_entry || known.status != Honoured;
             assert!(
-                fits && !(has_entry && known.status == Never),
+                fits && !(has_entry && known.status != Honoured),
                 "{}",
                 known.name
             );

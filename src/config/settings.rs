@@ -120,7 +120,7 @@ settings! {
     broker_connection_max_retries: Option<u64> = Some(100);
     /// In which order the URLs of the failover list are tried: round-robin or shuffle.
     broker_failover_strategy: String = text("round-robin");
-    /// AMQP heartbeat in seconds; 0 switches it off.
+    /// AMQP heartbeat in seconds; Celery's 120 means 5 here, 0 leaves it to the server.
     broker_heartbeat: f64 = 120.0;
     /// How the worker logs in to RabbitMQ: PLAIN, AMQPLAIN or EXTERNAL; absent: PLAIN.
     broker_login_method: Option<String> = None;
@@ -140,6 +140,8 @@ settings! {
     result_chord_expires: Option<f64> = None;
     /// Seconds a chord may take to join its parts.
     result_chord_join_timeout: f64 = 3.0;
+    /// Seconds between two looks at the parts of a chord, where the backend cannot count them.
+    result_chord_retry_interval: f64 = 1.0;
     /// Stores name, arguments, worker, retries and queue with the result.
     result_extended: bool = false;
     /// json, msgpack or yaml.
@@ -256,7 +258,7 @@ settings! {
     worker_enable_prefetch_count_reduction: bool = true;
     /// Skips redelivered tasks that succeeded before.
     worker_deduplicate_successful_tasks: bool = false;
-    /// Most ETA tasks held in memory; absent: 65535.
+    /// How far ETA tasks, which are held in memory, may raise the prefetch count; absent: without limit.
     worker_eta_task_limit: Option<u64> = None;
     /// Limits prefetch for each consumer where quorum queues are used (RabbitMQ).
     worker_detect_quorum_queues: bool = true;
@@ -284,6 +286,8 @@ settings! {
     allow_http_repos: bool = false, variables = ["ALLOW_HTTP_REPOS"];
     /// Hosts that repositories may be fetched from; empty: any public one.
     repo_hosts: Vec<String> = Vec::new(), variables = ["REPO_HOSTS"];
+    /// PEM file of the authorities trusted for https repositories; absent: Mozilla's.
+    repo_ca_file: Option<String> = None, variables = ["REPO_CA_FILE", "SSL_CERT_FILE"];
     /// Branch to analyse; absent: the repository's default branch.
     clone_branch: Option<String> = None, variables = ["CLONE_BRANCH"];
     /// Commits of history to fetch; absent: all. A shallow history falsifies blame.
@@ -292,6 +296,14 @@ settings! {
     clone_max_bytes: u64 = 8 << 30, variables = ["CLONE_MAX_BYTES"];
     /// Most objects a repository may have.
     clone_max_objects: u64 = 30_000_000, variables = ["CLONE_MAX_OBJECTS"];
+    /// Largest object of a repository in bytes.
+    clone_max_object_size: u64 = 1 << 30, variables = ["CLONE_MAX_OBJECT_SIZE"];
+    /// Most bytes of all objects of a repository together, unpacked.
+    clone_max_inflated: u64 = 1 << 40, variables = ["CLONE_MAX_INFLATED"];
+    /// Most bytes of disk that one clone may take.
+    clone_disk_quota: u64 = 10 << 30, variables = ["CLONE_DISK_QUOTA"];
+    /// Bytes that stay free on the disk of the clones; absent: 256 MiB, at most a twentieth of it.
+    clone_disk_reserve: Option<u64> = None, variables = ["CLONE_DISK_RESERVE"];
     /// Threads of one analysis; absent: the slot's share of the CPUs, at least two where there are two.
     blame_threads: Option<u64> = None, variables = ["BLAME_THREADS"];
     /// MiB that the blame of one analysis keeps of unpacked objects.

@@ -75,7 +75,10 @@ impl Database {
         lease
             .run(async |connection| {
                 connection.begin().await?;
-                let id = replace(connection, row).await?;
+                // A success is final: of two runs at the same time the first one counts.
+                let Some(id) = replace(connection, row).await? else {
+                    return connection.commit().await;
+                };
                 on!(connection, link => diesel::delete(
                         contributors::table.filter(contributors::analysis_id.eq(id)))
                     .execute(link)
@@ -228,16 +231,27 @@ async fn insert_if_missing(connection: &mut Connection, row: &Row) -> QueryResul
     Ok(inserted > 0)
 }
 
-/// Writes the row of a success over whatever is there and returns its key.
-async fn replace(connection: &mut Connection, row: Row) -> QueryResult<i64> {
-    on!(connection, link => diesel::insert_into(analyses::table)
+/// Writes the row of a success over everything but a success, and returns its key.
+async fn replace(connection: &mut Connection, row: Row) -> QueryResult<Option<i64>> {
+    let inserted = on!(connection, link => diesel::insert_into(analyses::table)
         .values(&row)
         .on_conflict(analyses::task_id)
-        .do_update()
+        .do_nothing()
+        .returning(analyses::id)
+        .get_result::<i64>(link)
+        .await
+        .optional())?;
+    if inserted.is_some() {
+        return Ok(inserted);
+    }
+    on!(connection, link => diesel::update(analyses::table)
+        .filter(analyses::task_id.eq(&row.task_id))
+        .filter(analyses::state.ne(State::Success.as_str()))
         .set(&row)
         .returning(analyses::id)
         .get_result::<i64>(link)
-        .await)
+        .await
+        .optional())
 }
 
 /// Writes the end of a run, unless it tells of a success.

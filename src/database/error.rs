@@ -58,6 +58,18 @@ pub enum Error {
         /// The age that is allowed.
         seconds: u64,
     },
+    /// A stored token cannot be used.
+    #[error(
+        "the token of user {user} for {host}: {source} (replace it with celeriac token set, or remove it with token rm)"
+    )]
+    Stored {
+        /// Whose it is.
+        user: String,
+        /// What for.
+        host: String,
+        /// What is wrong with it.
+        source: Box<Error>,
+    },
     /// None of the keys opens the token.
     #[error(
         "{operation}: the encrypted token cannot be opened: no key of TOKEN_ENCRYPTION_KEYS fits, \

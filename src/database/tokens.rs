@@ -29,7 +29,10 @@ pub struct TokenEntry {
 
 /// Host names know no case.
 fn host_key(host: &str) -> String {
-    text(host).to_ascii_lowercase()
+    let host = text(host).to_ascii_lowercase();
+    // The port of https goes without saying.
+    host.strip_suffix(":443")
+        .map_or(host.clone(), str::to_owned)
 }
 
 impl Database {
@@ -148,7 +151,12 @@ impl Database {
             .await?;
         let mut renewed = Vec::with_capacity(rows.len());
         for (user, host, old) in rows {
-            let new = keys.encrypt(&keys.decrypt(&old, None)?)?;
+            let opened = keys.decrypt(&old, None).map_err(|source| Error::Stored {
+                user: user.clone(),
+                host: host.clone(),
+                source: Box::new(source),
+            })?;
+            let new = keys.encrypt(&opened)?;
             renewed.push((user, host, old, new));
         }
         let count = renewed.len();

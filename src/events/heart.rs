@@ -82,14 +82,18 @@ mod tests {
     use super::Heart;
     use crate::events::{Dispatcher, Options, Software, WorkerStatus, exchange};
     use crate::protocol::clock::Clock;
-    use crate::transport::memory::Memory;
+    use crate::transport::Queue;
+    use crate::transport::redis::server::{Ear, Server};
 
     #[tokio::test]
     async fn a_heart_says_online_beats_and_says_offline() {
-        let memory = Memory::default();
-        let options = Options::new("w@h", Clock::default(), exchange("celeryev", "redis"));
-        let dispatcher = Dispatcher::new(options);
-        dispatcher.connect(memory.channel());
+        let server = Server::start().await;
+        let exchange = exchange("celeryev", "redis");
+        let channel = server.channel().await;
+        let queue = Queue::bound("monitor", exchange.clone(), "#");
+        let mut ear = Ear::on(server.channel().await, &queue, "#").await;
+        let dispatcher = Dispatcher::new(Options::new("w@h", Clock::default(), exchange));
+        dispatcher.connect(channel.clone());
         let status = || WorkerStatus {
             active: 3,
             ..WorkerStatus::default()
@@ -106,19 +110,18 @@ mod tests {
             () = heart.run() => {}
             () = async {
                 while keys.len() < 3 {
-                    keys.extend(memory.take_published().into_iter().map(|event| event.routing_key));
-                    tokio::task::yield_now().await;
+                    keys.push(ear.next().await.routing_key);
                 }
             } => {}
         }
         assert_eq!(
-            keys[..3],
+            keys,
             ["worker.online", "worker.heartbeat", "worker.heartbeat"]
         );
-        memory.take_published();
+        ear.heard(&*channel).await;
         heart.requested();
         heart.offline();
-        let last = memory.take_published();
+        let last = ear.heard(&*channel).await;
         let text = String::from_utf8(last[0].envelope.body.clone()).expect("text");
         assert!(
             text.contains("\"freq\":5,\"sw_ident\"") && !text.contains("active"),

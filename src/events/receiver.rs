@@ -166,7 +166,7 @@ mod tests {
     use crate::events::{Dispatcher, Event, Options, exchange};
     use crate::protocol::clock::Clock;
     use crate::protocol::envelope::Envelope;
-    use crate::transport::memory::Memory;
+    use crate::transport::redis::server::Server;
     use crate::transport::{Delivery, Tag};
 
     fn delivery(body: &[u8]) -> Delivery {
@@ -226,10 +226,11 @@ mod tests {
 
     #[tokio::test]
     async fn a_receiver_gets_the_events_of_others() {
-        let memory = Memory::default();
-        let exchange = exchange("celeryev", "amqp");
+        let server = Server::start().await;
+        let (ours, theirs) = (server.channel().await, server.channel().await);
+        let exchange = exchange("celeryev", "redis");
         let mut receiver = Receiver::subscribe(
-            &memory.channel(),
+            &ours,
             exchange.clone(),
             &["worker.#".to_owned()],
             Clock::default(),
@@ -243,13 +244,13 @@ mod tests {
                 ..Options::new(node, Clock::default(), exchange.clone())
             };
             let dispatcher = Dispatcher::new(options);
-            dispatcher.connect(memory.channel());
+            dispatcher.connect(theirs.clone());
             dispatcher.send(&Event::task_started("t"));
             dispatcher.send(&Event::new("worker-online"));
             dispatcher.flush();
         }
         assert_eq!(receiver.next().await.expect("an event").hostname, "other@h");
-        memory.channel().close().await.expect("closes");
+        ours.close().await.expect("closes");
         assert_eq!(receiver.next().await, None);
     }
 }

@@ -8,7 +8,7 @@
 //! children all have numbers the youngest comes first. That keeps few of them open at a time
 //! for whoever walks in this order, and follows the order of packs.
 
-use std::collections::{BinaryHeap, HashMap};
+use std::collections::{BinaryHeap, HashMap, HashSet};
 
 use super::mailmap::Mailmap;
 use super::objects::{Quick, Reader};
@@ -111,6 +111,19 @@ impl History {
         self.oids[commit as usize]
     }
 
+    /// The numbers of these commits, those that are in the history.
+    pub fn find(&self, oids: &[Oid]) -> HashSet<CommitIndex> {
+        let wanted: HashSet<&Oid> = oids.iter().collect();
+        match wanted.is_empty() {
+            true => HashSet::new(),
+            false => (0..)
+                .zip(&self.oids)
+                .filter(|(_, oid)| wanted.contains(oid))
+                .map(|(number, _)| number)
+                .collect(),
+        }
+    }
+
     /// The commit's tree.
     pub fn tree(&self, commit: CommitIndex) -> Oid {
         self.trees[commit as usize]
@@ -192,12 +205,12 @@ impl People<'_> {
             // The same bytes mean something else in another encoding.
             return self.mapped(&to_utf8(name), &to_utf8(email), emails);
         }
-        let key = [name, b"\n", email].concat();
-        if let Some(&number) = self.by_line.get(&key) {
+        let line = header.identity().unwrap_or_default();
+        if let Some(&number) = self.by_line.get(line) {
             return number;
         }
         let number = self.mapped(name, email, emails);
-        self.by_line.insert(key, number);
+        self.by_line.insert(line.to_vec(), number);
         number
     }
 
@@ -258,17 +271,19 @@ impl<'a> Header<'a> {
     /// Name and address of the author.
     fn author(&self) -> (&'a [u8], &'a [u8]) {
         let unknown: (&[u8], &[u8]) = (b"(unknown)", b"(unknown)");
-        let Some(line) = self.value(b"author ") else {
+        let Some(line) = self.identity() else {
             return unknown;
         };
-        let Some(left) = memchr::memchr(b'<', line) else {
-            return unknown;
-        };
-        let Some(length) = memchr::memchr(b'>', &line[left + 1..]) else {
-            return unknown;
-        };
-        let name = line[..left].trim_ascii_end();
-        (name, &line[left + 1..left + 1 + length])
+        let left = memchr::memchr(b'<', line).unwrap_or(0);
+        (line[..left].trim_ascii_end(), &line[left + 1..])
+    }
+
+    /// The author's line up to the end of the address, if it has one.
+    fn identity(&self) -> Option<&'a [u8]> {
+        let line = self.value(b"author ")?;
+        let start = memchr::memchr(b'<', line)? + 1;
+        let length = memchr::memchr(b'>', &line[start..])?;
+        Some(&line[..start + length])
     }
 
     /// Whether git would convert the header from Latin-1 before it looks at it.

@@ -21,6 +21,7 @@ use std::path::PathBuf;
 pub mod fetch;
 pub mod history;
 pub mod http;
+pub mod ignored;
 pub mod line_diff;
 pub mod mailmap;
 pub mod objects;
@@ -124,6 +125,19 @@ pub enum Error {
         revision: String,
         /// What git says.
         reason: String,
+    },
+    /// A list of commits has a line that is none.
+    #[error(
+        "read the list of commits {list}: line {number} is {line:?}, not the 40 hexadecimal \
+         digits of a commit's name"
+    )]
+    List {
+        /// The list.
+        list: String,
+        /// The line's number, from 1.
+        number: usize,
+        /// What it says.
+        line: String,
     },
     /// An object that is referred to is not there.
     #[error("read object {oid}: it is missing from the repository; fetch it again in full")]

@@ -1,10 +1,12 @@
 //! A repository on disk: where its objects are and what its names stand for.
 //!
 //! libgit2 finds the directory, follows references and peels tags. Nothing else of the
-//! repository's configuration is obeyed.
+//! repository's configuration is obeyed, and none of the machine's or the user's is read: it is no
+//! business of ours, and inside the sandbox it cannot be read.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::Once;
 
 use super::objects::Packs;
 use super::{Error, Oid};
@@ -86,6 +88,25 @@ impl Repository {
         &self.shallow
     }
 
+    /// The contents of a file in the tree of a commit, if there is one.
+    pub fn file(&self, commit: Oid, path: &str) -> Result<Option<Vec<u8>>, Error> {
+        let repository = self.libgit2()?;
+        let found = git2::Oid::from_bytes(commit.as_bytes())
+            .and_then(|commit| repository.find_commit(commit)?.tree())
+            .and_then(|tree| tree.get_path(Path::new(path)))
+            .and_then(|entry| repository.find_blob(entry.id()));
+        match found {
+            Ok(blob) => Ok(Some(blob.content().to_vec())),
+            Err(error) if error.code() == git2::ErrorCode::NotFound => Ok(None),
+            Err(error) => Err(unresolved(&format!("{commit}:{path}"), &error)),
+        }
+    }
+
+    /// libgit2's view of the repository.
+    pub(in crate::git) fn libgit2(&self) -> Result<git2::Repository, Error> {
+        open(&self.directory)
+    }
+
     pub(in crate::git) fn packs(&self) -> &Packs {
         &self.packs
     }
@@ -101,7 +122,35 @@ impl Repository {
     }
 }
 
+/// Makes libgit2 look for configuration nowhere, and at any owner's repository: whose it is
+/// matters to programs that run what a configuration names, and we run nothing.
+fn forget_the_machine() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        use git2::ConfigLevel::{Global, ProgramData, System, XDG};
+        for level in [ProgramData, System, XDG, Global] {
+            // SAFETY: the options of libgit2 are plain variables of its own. They are set once,
+            // before this module, the only one that opens repositories, opens the first.
+            #[expect(unsafe_code, reason = "libgit2 has no safe way to set its options")]
+            let set = unsafe { git2::opts::set_search_path(level, "") };
+            if let Err(error) = set {
+                log::warn!(
+                    "git's configuration of the machine is read: {}",
+                    error.message()
+                );
+            }
+        }
+        // SAFETY: as above.
+        #[expect(unsafe_code, reason = "libgit2 has no safe way to set its options")]
+        let set = unsafe { git2::opts::set_verify_owner_validation(false) };
+        if let Err(error) = set {
+            log::warn!("owners of repositories are checked: {}", error.message());
+        }
+    });
+}
+
 fn open(path: &Path) -> Result<git2::Repository, Error> {
+    forget_the_machine();
     git2::Repository::open_ext(
         path,
         git2::RepositoryOpenFlags::NO_SEARCH,
@@ -154,5 +203,20 @@ fn unresolved(revision: &str, error: &git2::Error) -> Error {
     Error::Revision {
         revision: revision.to_owned(),
         reason: error.message().to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_configuration_of_the_machine_or_the_user_is_found() {
+        let directory = tempfile::tempdir().unwrap();
+        git2::Repository::init_bare(directory.path()).unwrap();
+        Repository::open(directory.path()).unwrap();
+        assert!(git2::Config::find_system().is_err());
+        assert!(git2::Config::find_global().is_err());
+        assert!(git2::Config::find_xdg().is_err());
     }
 }

@@ -9,6 +9,10 @@ use super::{Error, Oid};
 /// git refuses deeper trees by default, too.
 pub const DEEPEST: usize = 2_048;
 
+/// Longest path of a file in bytes; no Linux system can check out a longer one. Every file's path
+/// is kept, so a few long names of directories would otherwise fill the memory.
+const LONGEST: usize = 4_096;
+
 /// A file, link or submodule with its path from the root of its tree.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Leaf {
@@ -99,6 +103,12 @@ impl Collect<'_, '_> {
         let length = push(&mut self.path, entry.name);
         if entry.is_directory() {
             self.all(entry.oid, depth + 1)?;
+        } else if self.path.len() > LONGEST {
+            return Err(Error::TooMany {
+                oid: tree,
+                what: "bytes in the path of a file",
+                limit: LONGEST,
+            });
         } else if self.found.len() == self.most {
             return Err(Error::TooMany {
                 oid: tree,

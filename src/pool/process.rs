@@ -432,6 +432,8 @@ pub(super) fn settle(parent: i32) -> io::Result<Option<Sockets>> {
     // A library that prints must not write into our socket.
     dup2_stdout(io::stderr())?;
     let _ = std::fs::write("/proc/self/oom_score_adj", "500");
+    // No core dump, which could hold a token, and nothing of ours for processes of the same user.
+    nix::sys::prctl::set_dumpable(false)?;
     Ok(Some(Sockets { jobs, control }))
 }
 

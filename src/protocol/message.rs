@@ -19,6 +19,7 @@ use super::exception::Exception;
 use super::serialization::{self, Accept};
 use super::signature::Signature;
 use super::time::Timestamp;
+use super::zone::Zone;
 use super::{Error, Limits, compression, saferepr};
 
 mod fields;
@@ -67,6 +68,8 @@ pub struct Message {
     pub expires: Option<Timestamp>,
     /// `expires` as it was written, for a retry.
     pub expires_text: Option<String>,
+    /// Whether `eta` and `expires` came without an offset; see [`Message::show_naive_in`].
+    pub naive: [bool; 2],
     /// Id of the group it belongs to.
     pub group: Option<String>,
     /// Position in the group.
@@ -195,6 +198,18 @@ impl Message {
     /// The name for logs and events.
     pub fn display_name(&self) -> &str {
         self.shadow.as_deref().unwrap_or(&self.task)
+    }
+
+    /// Shows times that came without an offset, and so are UTC, in a zone.
+    pub fn show_naive_in(&mut self, zone: &Zone) {
+        for (time, naive) in [&mut self.eta, &mut self.expires]
+            .into_iter()
+            .zip(self.naive)
+        {
+            if let Some(time) = time.as_mut().filter(|_| naive) {
+                *time = zone.show(&time.to_utc());
+            }
+        }
     }
 
     /// The first task of the workflow: this one, unless the message names another.

@@ -27,6 +27,7 @@ pub mod signature;
 pub mod state;
 pub mod time;
 mod yaml;
+pub mod zone;
 
 /// Bounds on what a message may make this process allocate, whoever sent it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

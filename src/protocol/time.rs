@@ -13,6 +13,11 @@ pub type Timestamp = DateTime<FixedOffset>;
 
 /// Reads a time; the error is the text Python's reader gives.
 pub fn parse_iso(text: &str) -> Result<Timestamp, String> {
+    parse_iso_or_naive(text).map(|(time, _)| time)
+}
+
+/// The same, and whether the text has no offset.
+pub fn parse_iso_or_naive(text: &str) -> Result<(Timestamp, bool), String> {
     if !text.is_ascii() {
         return Err("ISO-8601 strings should contain only ASCII characters".to_owned());
     }
@@ -24,7 +29,7 @@ pub fn parse_iso(text: &str) -> Result<Timestamp, String> {
     };
     let (time, offset, is_midnight) = match bytes.get(position + 1..) {
         Some(rest) => clock_time(rest)?,
-        None => (NaiveTime::MIN, 0, false),
+        None => (NaiveTime::MIN, None, false),
     };
     let mut date = match common {
         Ok([year, month, day]) => calendar(year, month, day)?,
@@ -33,7 +38,7 @@ pub fn parse_iso(text: &str) -> Result<Timestamp, String> {
     if is_midnight {
         date = date.succ_opt().ok_or("date value out of range")?;
     }
-    local(date.and_time(time), offset)
+    local(date.and_time(time), offset.unwrap_or(0)).map(|time| (time, offset.is_none()))
 }
 
 /// Writes a time as `datetime.isoformat()` does: microseconds only when there are some.
@@ -187,19 +192,19 @@ fn calendar(year: u32, month: u32, day: u32) -> Result<NaiveDate, String> {
         .ok_or_else(|| "day is out of range for month".to_owned())
 }
 
-/// The part after the separator: time, offset in seconds, and whether it was 24:00.
-fn clock_time(text: &[u8]) -> Result<(NaiveTime, i32, bool), String> {
+/// The part after the separator: time, offset in seconds if any, and whether it was 24:00.
+fn clock_time(text: &[u8]) -> Result<(NaiveTime, Option<i32>, bool), String> {
     if text.len() < 2 {
         return Err("ISO time too short".to_owned());
     }
-    let (mut parts, mut micros, mut offset) = ([0u32; 3], 0u32, 0i32);
+    let (mut parts, mut micros, mut offset) = ([0u32; 3], 0u32, None);
     let (mut position, mut colons) = (0, false);
     for component in 0..5 {
         let Some(&byte) = text.get(position) else {
             break;
         };
         if matches!(byte, b'-' | b'+' | b'Z' | b'z') {
-            offset = zone(&text[position..])?;
+            offset = Some(zone(&text[position..])?);
             position = text.len();
             break;
         }

@@ -168,9 +168,20 @@ pub fn policy(settings: &Settings) -> Policy {
         allow_local: settings.allow_local_repos,
         allow_http: settings.allow_http_repos,
         hosts: settings.repo_hosts.clone(),
+        authorities: authorities(settings),
         max_bytes: settings.clone_max_bytes,
         max_objects: settings.clone_max_objects,
+        max_object_size: settings.clone_max_object_size,
+        max_inflated: settings.clone_max_inflated,
+        disk_quota: settings.clone_disk_quota,
+        disk_reserve: settings.clone_disk_reserve,
     }
+}
+
+/// The file of `REPO_CA_FILE`.
+pub fn authorities(settings: &Settings) -> Option<PathBuf> {
+    let name = settings.repo_ca_file.as_deref();
+    name.filter(|name| !name.is_empty()).map(PathBuf::from)
 }
 
 /// What the database is told at the end.

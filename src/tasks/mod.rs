@@ -5,10 +5,12 @@
 //! can change at run time (rate and time limits).
 
 pub mod analyze_repo;
+pub mod builtin;
 pub mod registry;
 pub mod test;
 
 pub use analyze_repo::AnalyzeRepo;
+pub use builtin::{Accumulate, BackendCleanup, ChordUnlock};
 pub use registry::{Entry, Kind, Options, Registry};
 pub use test::Test;
 

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use serde_json::{Map, Value};
 
-use super::{AnalyzeRepo, Definition, Test, analyze_repo, test};
+use super::{Accumulate, AnalyzeRepo, BackendCleanup, ChordUnlock, Definition, Test};
+use super::{analyze_repo, builtin, test};
 use crate::config::Settings;
 use crate::protocol::arguments::Parameters;
 
@@ -17,6 +18,12 @@ pub enum Kind {
     AnalyzeRepo,
     /// [`test`]: in the parent, for it computes nothing.
     Test,
+    /// [`builtin`]: in the parent, which alone knows the result backend.
+    ChordUnlock,
+    /// The same.
+    BackendCleanup,
+    /// In the parent.
+    Accumulate,
 }
 
 impl Kind {
@@ -88,8 +95,8 @@ pub struct Entry {
     pub name: &'static str,
     /// How it is carried out.
     pub kind: Kind,
-    /// What it may be called with.
-    pub parameters: Parameters,
+    /// What it may be called with; `None`: with anything.
+    pub parameters: Option<Parameters>,
     options: Mutex<Options>,
 }
 
@@ -126,22 +133,26 @@ impl Registry {
         // Late acknowledgement where a second run does no harm: an analysis is stored by task
         // id, so a worker that dies in the middle loses nothing.
         let retries = u32::try_from(settings.analysis_max_retries).unwrap_or(u32::MAX);
-        let entries = BTreeMap::from([
-            (
+        let (analysis, check) = (Some(analyze_repo::PARAMETERS), Some(test::PARAMETERS));
+        let entries = [
+            entry(
                 AnalyzeRepo::NAME,
-                entry(
-                    AnalyzeRepo::NAME,
-                    Kind::AnalyzeRepo,
-                    analyze_repo::PARAMETERS,
-                    true,
-                    retries,
-                ),
+                Kind::AnalyzeRepo,
+                analysis,
+                true,
+                retries,
             ),
-            (
-                Test::NAME,
-                entry(Test::NAME, Kind::Test, test::PARAMETERS, false, 0),
-            ),
-        ]);
+            entry(Test::NAME, Kind::Test, check, false, 0),
+            // A worker that dies while it looks after a chord must not leave it to nobody.
+            entry(ChordUnlock::NAME, Kind::ChordUnlock, None, true, u32::MAX),
+            entry(BackendCleanup::NAME, Kind::BackendCleanup, None, false, 0),
+            entry(Accumulate::NAME, Kind::Accumulate, None, false, 0),
+        ];
+        entries[2].change(|options| options.ignore_result = true);
+        let entries = entries
+            .into_iter()
+            .map(|entry| (entry.name, entry))
+            .collect();
         Self {
             entries: Arc::new(entries),
         }
@@ -153,8 +164,14 @@ impl Registry {
     }
 
     /// All tasks in the order of their names.
-    pub fn iter(&self) -> impl Iterator<Item = &Entry> {
+    pub fn all(&self) -> impl Iterator<Item = &Entry> {
         self.entries.values()
+    }
+
+    /// Those that are the application's own, which is what people are shown.
+    pub fn iter(&self) -> impl Iterator<Item = &Entry> {
+        self.all()
+            .filter(|entry| !entry.name.starts_with(builtin::PREFIX))
     }
 }
 

@@ -20,8 +20,6 @@ use crate::protocol::envelope::Envelope;
 
 pub mod amqp;
 pub mod entity;
-#[cfg(test)]
-pub(crate) mod memory;
 pub mod permit;
 pub mod redis;
 pub mod url;
@@ -135,6 +133,12 @@ pub trait Channel: Send + Sync {
 
     /// How many deliveries may be unsettled at once; 0 is without limit.
     async fn set_prefetch(&self, count: u32) -> Result<(), Error>;
+
+    /// Whether [`Channel::set_prefetch`] counts over all queues and acts at once. Not on Redis
+    /// and not where there are quorum queues, as Celery sees it.
+    fn limits_globally(&self) -> bool {
+        false
+    }
 
     /// The next event of consumption. Cancel safe; one caller at a time. An error is final.
     async fn next(&self) -> Result<Incoming, Error>;

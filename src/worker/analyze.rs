@@ -11,7 +11,7 @@ use chrono::Utc;
 use serde_json::Value;
 use tokio::sync::mpsc;
 
-use super::effects::Verdict;
+use super::effects::{Cancel, Verdict};
 use super::fairness::Parked;
 use super::request::Request;
 use super::reuse::{self, Flights, Followed, Known, Place};
@@ -377,13 +377,15 @@ async fn judge(
                 Verdict::WorkerLost(exception)
             }
         }
-        Outcome::Terminated { signal } if request.cancelled() => {
-            log::debug!("Task {} ended by signal {signal}", request.label());
-            Verdict::Cancelled
-        }
-        Outcome::Terminated { signal } => Verdict::Revoked {
-            reason: "terminated",
-            signal: Some(signal),
+        Outcome::Terminated { signal } => match request.cancelled() {
+            Some(why) => {
+                log::debug!("Task {} ended by signal {signal}", request.label());
+                Verdict::Cancelled(why)
+            }
+            None => Verdict::Revoked {
+                reason: "terminated",
+                signal: Some(signal),
+            },
         },
     }
 }
@@ -494,8 +496,13 @@ fn ended(verdict: &Verdict) -> Option<Ended> {
         | Verdict::WorkerLost(exception) => (RunState::Failure, exception.repr()),
         Verdict::Retry { cause, .. } => (RunState::Retry, cause.repr()),
         Verdict::Revoked { reason, .. } => (RunState::Revoked, (*reason).to_owned()),
-        Verdict::Cancelled => (RunState::Retry, "the worker was shut down".to_owned()),
-        Verdict::Success(_) | Verdict::Fenced => return None,
+        Verdict::Cancelled(Cancel::Shutdown) => {
+            (RunState::Retry, "the worker was shut down".to_owned())
+        }
+        Verdict::Cancelled(Cancel::ConnectionLoss) => {
+            (RunState::Retry, "the broker was lost".to_owned())
+        }
+        Verdict::Success(_) | Verdict::Repeated(_) | Verdict::Fenced => return None,
     };
     Some(Ended {
         state,

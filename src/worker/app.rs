@@ -29,7 +29,11 @@ use futures::{FutureExt, Stream};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
-use crate::tasks::{AnalyzeRepo, Definition, Test};
+use crate::tasks::{Accumulate, AnalyzeRepo, BackendCleanup, ChordUnlock, Definition, Test};
+
+mod caller;
+
+pub use caller::caller;
 
 /// One task's way through the worker, from acceptance to its last effect.
 pub struct Journey {
@@ -87,31 +91,24 @@ pub struct Error(String);
 impl App {
     /// Builds the crate's app over our stream of tickets and registers every task.
     pub async fn build(node: &str) -> Result<(Self, Dispatcher), Error> {
-        // The crate's only constructor connects at once: a listener that never accepts
-        // satisfies it, and no byte is exchanged.
-        let listener = TcpListener::bind("127.0.0.1:0").map_err(|e| Error(e.to_string()))?;
-        let port = listener
-            .local_addr()
-            .map_err(|e| Error(e.to_string()))?
-            .port();
-        let mut app = celery::CeleryBuilder::new("celeriac", &format!("redis://127.0.0.1:{port}/"))
-            .hostname(node)
-            .broker_connection_max_retries(1)
-            .task_max_retries(0)
-            .acks_late(true)
-            .build()
-            .await
-            .map_err(|e| Error(e.to_string()))?;
-        drop(listener);
         let (sender, receiver) = mpsc::unbounded_channel();
-        app.broker = Box::new(Tickets {
+        let tickets = Tickets {
             receiver: Mutex::new(Some(receiver)),
-        });
-        let app = Arc::new(app);
+        };
+        let app = Arc::new(app(node, "celery", Box::new(tickets)).await?);
         app.register_task::<Seam<AnalyzeRepo>>()
             .await
             .map_err(|e| Error(e.to_string()))?;
         app.register_task::<Seam<Test>>()
+            .await
+            .map_err(|e| Error(e.to_string()))?;
+        app.register_task::<Seam<ChordUnlock>>()
+            .await
+            .map_err(|e| Error(e.to_string()))?;
+        app.register_task::<Seam<BackendCleanup>>()
+            .await
+            .map_err(|e| Error(e.to_string()))?;
+        app.register_task::<Seam<Accumulate>>()
             .await
             .map_err(|e| Error(e.to_string()))?;
         Ok((Self { app }, Dispatcher { sender }))
@@ -125,6 +122,29 @@ impl App {
             .await
             .map_err(|e| Error(e.to_string()))
     }
+}
+
+/// An app of the crate over a broker of ours.
+async fn app(node: &str, queue: &str, broker: Box<dyn Broker>) -> Result<celery::Celery, Error> {
+    // The crate's only constructor connects at once: a listener that never accepts
+    // satisfies it, and no byte is exchanged.
+    let listener = TcpListener::bind("127.0.0.1:0").map_err(|e| Error(e.to_string()))?;
+    let port = listener
+        .local_addr()
+        .map_err(|e| Error(e.to_string()))?
+        .port();
+    let mut app = celery::CeleryBuilder::new("celeriac", &format!("redis://127.0.0.1:{port}/"))
+        .hostname(node)
+        .default_queue(queue)
+        .broker_connection_max_retries(1)
+        .task_max_retries(0)
+        .acks_late(true)
+        .build()
+        .await
+        .map_err(|e| Error(e.to_string()))?;
+    drop(listener);
+    app.broker = broker;
+    Ok(app)
 }
 
 /// One generic task serves every definition.

@@ -5,7 +5,7 @@
 //! through one channel, in order, to the dispatcher. Answers for `celery.worker.consumer`.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
@@ -15,14 +15,15 @@ use super::rate_limit::{Bucket, parse};
 use super::request::{Phase, Request};
 use super::timer::Timer;
 use super::{Worker, execute, report, strategy};
-use crate::protocol::serialization::Accept;
-use crate::transport::{Channel, Error, Incoming, Queue, Transport};
+use crate::transport::{Channel, Delivery, Error, Incoming, Queue, Transport};
 
 mod held;
 
 /// Signal that ends a child at once.
 const SIGKILL: i32 = 9;
-/// Largest prefetch count of AMQP; more ETA tasks than this wait at the broker.
+/// Signal that asks it to end.
+const SIGTERM: i32 = 15;
+/// Largest prefetch count of AMQP; beyond, there is no limit, as with kombu.
 const PREFETCH_MAX: u64 = 65_535;
 /// Requests that wait for the database do not keep others from being fetched, up to so many.
 const MOST_BESIDE: u64 = 256;
@@ -76,13 +77,14 @@ struct Limited {
 pub struct Consumer {
     worker: Arc<Worker>,
     transport: Arc<dyn Transport>,
-    accept: Accept,
     queues: watch::Sender<Vec<Queue>>,
-    timer: Timer<Arc<Request>>,
+    timer: Timer,
     limited: HashMap<&'static str, Limited>,
     ready: mpsc::UnboundedSender<Arc<Request>>,
     commands: mpsc::UnboundedReceiver<Command>,
     prefetch: Option<u32>,
+    /// What ran when the broker was lost and still runs.
+    overlap: Vec<Weak<Request>>,
     connected: watch::Sender<u64>,
     purge: bool,
 }
@@ -93,8 +95,6 @@ pub struct Parts {
     pub worker: Arc<Worker>,
     /// The broker.
     pub transport: Arc<dyn Transport>,
-    /// Serializers that are accepted.
-    pub accept: Accept,
     /// The queues; changes show here.
     pub queues: watch::Sender<Vec<Queue>>,
     /// Where requests go that may run.
@@ -113,13 +113,13 @@ impl Consumer {
         Self {
             worker: parts.worker,
             transport: parts.transport,
-            accept: parts.accept,
             queues: parts.queues,
             timer: Timer::default(),
             limited: HashMap::new(),
             ready: parts.ready,
             commands: parts.commands,
             prefetch: None,
+            overlap: Vec::new(),
             connected: parts.connected,
             purge: parts.purge,
         }
@@ -163,7 +163,11 @@ impl Consumer {
                     self.hand_back(&channel).await;
                     return Ok(self);
                 }
-                Ended::Lost(error) => self.lost(&error),
+                Ended::Lost(error) => {
+                    self.lost(&error);
+                    self.cancel_unacknowledged();
+                    self.reduce_prefetch(&*channel);
+                }
             }
             if failures > 0 {
                 let pause = (QUICK_PAUSE * failures * failures).min(SLOWEST);
@@ -232,8 +236,8 @@ impl Consumer {
     ) -> Result<(), Error> {
         match incoming {
             Incoming::Delivery(delivery) => {
-                if let Some(request) = strategy::receive(&self.worker, &self.accept, *delivery) {
-                    self.place(request);
+                if let Some(request) = strategy::receive(&self.worker, &delivery) {
+                    self.place(request, &delivery);
                     self.set_prefetch(channel).await?;
                 }
                 Ok(())
@@ -266,7 +270,7 @@ impl Consumer {
     }
 
     /// Puts a new request where it waits: for nothing, its time, or its rate limit.
-    fn place(&mut self, request: Arc<Request>) {
+    fn place(&mut self, request: Arc<Request>, delivery: &Delivery) {
         if let Some(verdict) = strategy::discarded(&self.worker, &request) {
             let worker = self.worker.clone();
             tokio::spawn(async move {
@@ -285,23 +289,28 @@ impl Consumer {
         });
         match ahead {
             Some(ahead) => {
-                request.set_phase(Phase::Scheduled);
+                let state = &self.worker.state;
+                state.scheduled.hold(request.serial, request.id(), delivery);
+                state.set_aside(&request);
                 // A date beyond the clock's range waits as long as the clock goes.
                 let due = Instant::now().checked_add(ahead);
                 let due = due.unwrap_or_else(|| Instant::now() + Duration::from_secs(86_400 * 365));
-                self.timer.push(due, request);
+                self.timer.push(due, request.serial);
             }
             None => self.admit(request),
         }
     }
 
     fn fire(&mut self) {
-        for request in self.timer.due(Instant::now()) {
-            if request.phase() == Phase::Settled {
+        for serial in self.timer.due(Instant::now()) {
+            let Some(delivery) = self.worker.state.scheduled.take(serial) else {
                 continue;
+            };
+            if let Some(request) = strategy::reread(&self.worker, serial, &delivery) {
+                let request = Arc::new(request);
+                self.worker.state.hold(&request);
+                self.admit(request);
             }
-            request.set_phase(Phase::Reserved);
-            self.admit(request);
         }
     }
 
@@ -332,7 +341,7 @@ impl Consumer {
         let text = entry.options().rate_limit.unwrap_or_default();
         let wanted = !self.worker.settings.worker_disable_rate_limits;
         // What cannot be read was refused when it was set.
-        let rate = parse(&text).ok().flatten().filter(|_| wanted);
+        let rate = parse(text.trim()).ok().flatten().filter(|_| wanted);
         match (rate, self.limited.get_mut(name)) {
             (Some(rate), Some(limited)) => limited.bucket.set_rate(rate),
             (Some(rate), None) => {
@@ -393,11 +402,24 @@ impl Consumer {
                 {
                     return Ok(());
                 }
-                channel.declare(&queue).await?;
-                channel.consume(&queue).await?;
-                log::info!("Started consuming from {}", queue.name);
-                self.queues.send_modify(|queues| queues.push(*queue));
-                Ok(())
+                match channel.declare(&queue).await {
+                    Ok(_) => {
+                        channel.consume(&queue).await?;
+                        log::info!("Started consuming from {}", queue.name);
+                        self.queues.send_modify(|queues| queues.push(*queue));
+                        Ok(())
+                    }
+                    // It was promised: the next connection has it.
+                    Err(error) if error.is_connection() => {
+                        self.queues.send_modify(|queues| queues.push(*queue));
+                        Err(error)
+                    }
+                    // Whoever asked for it from afar must not cost the others their connection.
+                    Err(error) => {
+                        log::error!("Cannot consume from {}: {error}", queue.name);
+                        Ok(())
+                    }
+                }
             }
             Command::CancelQueue(name) => {
                 log::info!("Canceling queue {name}");
@@ -413,22 +435,34 @@ impl Consumer {
         }
     }
 
-    /// Slots times the multiplier, and one more for each request that waits for its ETA or its
+    /// Slots times the multiplier, less by what still runs from before a connection was lost
+    /// ([`Consumer::reduce_prefetch`]), and one more for each request that waits for its ETA or its
     /// user's limit, or has stepped aside ([`execute::step_aside`]).
     async fn set_prefetch(&mut self, channel: &Arc<dyn Channel>) -> Result<(), Error> {
+        self.forget_overlap();
         let settings = &self.worker.settings;
-        let base = self.worker.slots() as u64 * settings.worker_prefetch_multiplier;
+        let base = self.base();
         let wanted = if base == 0 {
             0
         } else {
-            let limit = settings.worker_eta_task_limit.unwrap_or(PREFETCH_MAX);
-            let waiting = self.timer.len() as u64 + self.worker.state.parked();
-            let beside = self.worker.state.beside().min(MOST_BESIDE);
-            (base + waiting.min(limit) + beside).min(PREFETCH_MAX)
+            // As in Celery, the limit is one of the whole count, and the count starts above it
+            // where the pool is larger.
+            let limit = settings.worker_eta_task_limit.unwrap_or(u64::MAX);
+            let waiting = self.worker.state.scheduled.len() as u64;
+            let aside = self.worker.state.parked() + self.worker.state.beside().min(MOST_BESIDE);
+            (base + waiting).min(limit).max(base) + aside
+        };
+        let wanted = if wanted > PREFETCH_MAX && self.transport.driver() == "amqp" {
+            0
+        } else {
+            wanted
         };
         let wanted = u32::try_from(wanted).unwrap_or(u32::MAX);
         if self.prefetch != Some(wanted) {
             channel.set_prefetch(wanted).await?;
+            if wanted == 0 && base > 0 && self.prefetch.is_some() {
+                log::warn!("QoS: Disabled: prefetch_count exceeds {PREFETCH_MAX}");
+            }
             self.prefetch = Some(wanted);
             self.worker.state.set_prefetch(wanted);
         }

@@ -30,6 +30,7 @@ use crate::database::{Database, Keys};
 use crate::pool::{self, Pool};
 use crate::protocol::clock::Clock;
 use crate::protocol::serialization::Accept;
+use crate::protocol::zone::Zones;
 use crate::tasks::Registry;
 use crate::transport::{Queue, Transport};
 
@@ -40,6 +41,8 @@ const FAREWELL: Duration = Duration::from_secs(5);
 pub struct Blueprint {
     /// Every setting.
     pub settings: Settings,
+    /// In which zones times are shown.
+    pub zones: Zones,
     /// Node name.
     pub node: String,
     /// The broker.
@@ -130,10 +133,12 @@ pub async fn run(
         listens: blueprint.neighbours.gossip,
         revoked,
         settings: blueprint.settings,
+        zones: blueprint.zones,
         node: blueprint.node,
         state: super::state::State::default(),
         pool,
         backend: blueprint.backend,
+        accept: blueprint.accept.clone(),
         oid: uuid::Uuid::new_v4().to_string(),
         database: blueprint.database,
         migrated: tokio::sync::OnceCell::new(),
@@ -150,7 +155,6 @@ pub async fn run(
     let consumer = Consumer::new(Parts {
         worker: worker.clone(),
         transport: blueprint.transport.clone(),
-        accept: blueprint.accept.clone(),
         queues: queues.clone(),
         ready,
         commands: command_receiver,
@@ -361,7 +365,7 @@ async fn soft(worker: &Worker, wishes: &mut mpsc::UnboundedReceiver<Wish>) {
 /// Ends running tasks. Late-acknowledged ones go back to their queue with the rest.
 async fn cold(worker: &Worker) {
     for request in worker.state.in_phase(Phase::Active) {
-        request.cancel();
+        request.cancel(super::effects::Cancel::Shutdown);
         worker.pool.terminate(request.id(), 9);
     }
     drop(tokio::time::timeout(FAREWELL, worker.state.idle()).await);
@@ -397,7 +401,7 @@ fn dump(worker: &Worker) {
         "{} active, {} reserved, {} scheduled",
         active.len(),
         worker.state.in_phase(Phase::Reserved).len(),
-        worker.state.in_phase(Phase::Scheduled).len()
+        worker.state.scheduled.len()
     );
     for request in active {
         log::warn!("  {} {}", request.label(), request.info(&worker.node, true));

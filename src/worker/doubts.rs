@@ -42,6 +42,16 @@ impl Doubts {
             .push_back((Instant::now(), (id.to_owned(), retries)));
     }
 
+    /// A message was done whose delivery the broker took back: it will come again.
+    pub fn disowned(&self, id: &str, retries: i64) {
+        let mut inner = self.inner();
+        if inner.doubtful.len() < MOST {
+            inner
+                .doubtful
+                .insert((id.to_owned(), retries), Instant::now());
+        }
+    }
+
     /// The connection was lost: what was settled on it lately is in doubt.
     pub fn lost(&self) {
         let now = Instant::now();
@@ -97,5 +107,7 @@ mod tests {
         assert!(doubts.take("a", 0) && doubts.take("b", 1));
         assert!(!doubts.take("a", 0), "once");
         assert!(!doubts.take("c", 0));
+        doubts.disowned("d", 0);
+        assert!(doubts.take("d", 0), "its connection was lost before");
     }
 }

@@ -62,10 +62,22 @@ pub enum Verdict {
         /// The signal that ended it.
         signal: Option<i32>,
     },
-    /// The worker goes down cold while it runs.
-    Cancelled,
+    /// A delivery of a task that succeeded before, with the value that it had then.
+    Repeated(Value),
+    /// The worker ended it while it ran.
+    Cancelled(Cancel),
     /// Somebody else holds the message now: whatever came out must have no effect.
     Fenced,
+}
+
+/// Why the worker itself ends a task.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cancel {
+    /// It goes down cold.
+    Shutdown,
+    /// The broker was lost, and with it the right to acknowledge the task
+    /// (`worker_cancel_long_running_tasks_on_connection_loss`).
+    ConnectionLoss,
 }
 
 /// Something that is to be done because of a change.
@@ -151,7 +163,20 @@ impl Rules {
                 effects.extend(late.then_some(Effect::Ack));
                 effects.push(Effect::Event);
             }
-            Verdict::Cancelled => {
+            Verdict::Repeated(_) => {
+                // What follows was published before the success was stored. The chord may not
+                // have been told, and counts each part once.
+                effects.push(Effect::ChordPart);
+                effects.extend(late.then_some(Effect::Ack));
+                effects.push(Effect::Event);
+            }
+            Verdict::Cancelled(Cancel::ConnectionLoss) => {
+                // Its message is with the broker again; as Celery: the record is written even
+                // where results are ignored.
+                self.store(&mut effects, true);
+                effects.push(Effect::Event);
+            }
+            Verdict::Cancelled(Cancel::Shutdown) => {
                 // A late one goes back to its queue with everything else that is held, and its
                 // state stays open; an early one is gone, and its client must be told.
                 self.store(&mut effects, !late && !self.ignore_result);
@@ -269,6 +294,27 @@ mod tests {
         assert!(
             rules.end(&lost, true).contains(&Effect::Store),
             "an early one cannot go back"
+        );
+    }
+
+    #[test]
+    fn a_repeated_success_calls_nothing_again() {
+        let verdict = Verdict::Repeated(Value::Null);
+        assert_eq!(
+            rules(true).end(&verdict, false),
+            [Effect::ChordPart, Effect::Ack, Effect::Event]
+        );
+    }
+
+    #[test]
+    fn a_late_task_that_is_cancelled_leaves_its_message_to_the_broker() {
+        let mut rules = rules(true);
+        let end = |rules: &Rules, why| rules.end(&Verdict::Cancelled(why), false);
+        assert_eq!(end(&rules, Cancel::Shutdown), [Effect::Event]);
+        rules.ignore_result = true;
+        assert_eq!(
+            end(&rules, Cancel::ConnectionLoss),
+            [Effect::Store, Effect::Event]
         );
     }
 

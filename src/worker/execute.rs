@@ -15,9 +15,10 @@ use super::request::Request;
 use super::{Worker, canvas, report};
 use crate::backend::{Extended, Meta};
 use crate::pool::Slot;
+use crate::protocol::arguments::bind;
 use crate::protocol::exception::Exception;
 use crate::protocol::state::State;
-use crate::tasks::{self, Kind};
+use crate::tasks::{self, Kind, builtin};
 
 /// A state that the next one replaces is not worth a long wait.
 const PASSING_PATIENCE: Duration = Duration::from_secs(2);
@@ -68,7 +69,7 @@ pub async fn perform(worker: Arc<Worker>, request: Arc<Request>, slot: Slot) {
         }
     }
     let verdict = match already_successful(&worker, &request).await {
-        Some(value) => Verdict::Success(value),
+        Some(verdict) => verdict,
         None => carry_out(&worker, &request, slot).await,
     };
     finish(&worker, &request, verdict, accepted.elapsed()).await;
@@ -82,8 +83,10 @@ pub fn step_aside(worker: &Worker, request: &Request) {
     }
 }
 
-/// `worker_deduplicate_successful_tasks`: the value of an earlier, successful delivery.
-async fn already_successful(worker: &Worker, request: &Request) -> Option<Value> {
+/// `worker_deduplicate_successful_tasks`: what is left to do for a task that succeeded in an
+/// earlier delivery. What it published is among its children; without any, what should have
+/// been was not, as where somebody else stored the success.
+async fn already_successful(worker: &Worker, request: &Request) -> Option<Verdict> {
     let wanted = worker.settings.worker_deduplicate_successful_tasks
         && request.rules.acks_late
         && request.redelivered;
@@ -91,31 +94,68 @@ async fn already_successful(worker: &Worker, request: &Request) -> Option<Value>
         return None;
     }
     let meta = worker.backend.get(request.id()).await.ok().flatten()?;
-    meta.is_success().then_some(meta.result)
+    if !meta.is_success() {
+        return None;
+    }
+    let embed = &request.message.embed;
+    let due = [&embed.callbacks, &embed.chain];
+    let published = meta
+        .children
+        .as_array()
+        .is_some_and(|them| !them.is_empty());
+    Some(
+        if published || due.iter().all(|due| due.as_ref().is_none_or(Vec::is_empty)) {
+            Verdict::Repeated(meta.result)
+        } else {
+            Verdict::Success(meta.result)
+        },
+    )
 }
 
 async fn carry_out(worker: &Arc<Worker>, request: &Arc<Request>, slot: Slot) -> Verdict {
     let message = &request.message;
     let entry = worker.registry.get(request.name);
-    let parameters = &entry
-        .expect("because requests are made for registered tasks")
-        .parameters;
-    let arguments =
-        match crate::protocol::arguments::bind(parameters, &message.args, &message.kwargs) {
-            Ok(arguments) => arguments,
-            Err(text) => {
-                let exception = Exception::type_error(text);
-                let traceback =
-                    report::traceback(request, &exception, "binding the arguments", None);
-                return Verdict::Failure(exception.with_traceback(traceback));
-            }
-        };
+    let entry = entry.expect("because requests are made for registered tasks");
+    let bound = match &entry.parameters {
+        Some(parameters) => bind(parameters, &message.args, &message.kwargs),
+        None => Ok(Vec::new()),
+    };
+    let raised = |exception: Exception, stage| {
+        let traceback = report::traceback(request, &exception, stage, None);
+        Verdict::Failure(exception.with_traceback(traceback))
+    };
+    let arguments = match bound {
+        Ok(arguments) => arguments,
+        Err(text) => return raised(Exception::type_error(text), "binding the arguments"),
+    };
     match request.kind {
         Kind::Test => {
             drop(slot);
             Verdict::Success(tasks::test::answer(&arguments[0]))
         }
-        Kind::AnalyzeRepo => super::analyze::run(worker, request, &arguments, slot).await,
+        Kind::Accumulate => {
+            drop(slot);
+            match builtin::accumulate(&message.args, &message.kwargs) {
+                Ok(value) => Verdict::Success(value),
+                Err(text) => raised(Exception::builtin("IndexError", text), "accumulating"),
+            }
+        }
+        Kind::BackendCleanup => {
+            drop(slot);
+            match Box::pin(worker.backend.cleanup()).await {
+                Ok(_) => Verdict::Success(Value::Null),
+                Err(error) => raised(Exception::operational(error.to_string()), "cleaning up"),
+            }
+        }
+        Kind::ChordUnlock => {
+            drop(slot);
+            match Box::pin(canvas::unlock(worker, request)).await {
+                Ok(verdict) => verdict,
+                Err(exception) => raised(exception, "watching a chord"),
+            }
+        }
+        // Boxed, as all that few tasks come to: every journey would carry the room for it.
+        Kind::AnalyzeRepo => Box::pin(super::analyze::run(worker, request, &arguments, slot)).await,
     }
 }
 
@@ -153,7 +193,7 @@ pub async fn finish(
     }
     report::ended(request, &ending);
     worker.state.release(request);
-    if request.beside() {
+    if request.counts_in_prefetch() {
         drop(worker.commands.send(Command::Resized));
     }
 }
@@ -179,7 +219,8 @@ async fn apply(
         }
         Effect::Republish => {
             if let Verdict::Retry { after, .. } = &ending.verdict {
-                ending.children = canvas::republish(worker, request, *after).await?;
+                let published = canvas::republish(worker, request, *after);
+                ending.children = Box::pin(published).await?;
             }
         }
         Effect::Store => store(worker, request, ending).await,
@@ -211,10 +252,11 @@ async fn apply(
 fn acknowledge(worker: &Worker, request: &Request) {
     // Before it counts as settled: the message may be on its way to us again.
     if !request.acknowledged() && !request.fenced() {
-        worker
-            .state
-            .doubts
-            .settling(request.id(), request.message.retries);
+        let (doubts, retries) = (&worker.state.doubts, request.message.retries);
+        match request.tag() {
+            Some(_) => doubts.settling(request.id(), retries),
+            None => doubts.disowned(request.id(), retries),
+        }
     }
     if let Some(tag) = request.settle() {
         worker.link.ack(tag);
@@ -227,7 +269,9 @@ pub fn record(verdict: &Verdict) -> Option<(State, Value, Option<String>)> {
         Some((state, exception.to_value(), exception.traceback.clone()))
     };
     match verdict {
-        Verdict::Success(value) => Some((State::Success, value.clone(), None)),
+        Verdict::Success(value) | Verdict::Repeated(value) => {
+            Some((State::Success, value.clone(), None))
+        }
         Verdict::Failure(exception)
         | Verdict::TimedOut(exception)
         | Verdict::WorkerLost(exception) => raised(State::Failure, exception),
@@ -237,7 +281,7 @@ pub fn record(verdict: &Verdict) -> Option<(State, Value, Option<String>)> {
             Exception::task_revoked(reason).to_value(),
             None,
         )),
-        Verdict::Cancelled => Some((State::Retry, Exception::cancelled().to_value(), None)),
+        Verdict::Cancelled(_) => Some((State::Retry, Exception::cancelled().to_value(), None)),
         Verdict::Fenced => None,
     }
 }
@@ -298,7 +342,7 @@ fn not_stored(worker: &Worker, request: &Request, meta: &Meta, error: &crate::ba
 pub fn meta(worker: &Worker, request: &Request, status: State, result: Value) -> Meta {
     let message = &request.message;
     let date_done =
-        matches!(status, State::Success | State::Failure | State::Revoked).then(chrono::Utc::now);
+        matches!(status, State::Success | State::Failure | State::Revoked).then(|| worker.now());
     let extended = worker.settings.result_extended.then(|| Extended {
         name: Value::from(request.name),
         args: request.shown_args(),

@@ -1,8 +1,8 @@
 //! The consumer side: what happens to a message between the broker and its last effect.
 //!
 //! In the order of the journey: [`consumer`] (the connection's loop) hands deliveries to
-//! [`strategy`], which makes [`request`]s of them or says why not; [`timer`] and
-//! [`rate_limit`] hold those that must wait; [`fairness`] and [`permits`] say whose turn it is;
+//! [`strategy`], which makes [`request`]s of them or says why not; [`timer`] with [`scheduled`]
+//! and [`rate_limit`] hold those that must wait; [`fairness`] and [`permits`] say whose turn it is;
 //! a free slot starts the journey through rusty-celery
 //! ([`app`]) into [`execute`], where [`effects`] says what follows from what and [`canvas`] and
 //! [`report`] carry it out. [`controller`] starts and stops all of it; [`state`] and [`revoked`]
@@ -19,6 +19,9 @@ use crate::database::{Database, Keys};
 use crate::events::Dispatcher;
 use crate::pool::Pool;
 use crate::protocol::clock::Clock;
+use crate::protocol::serialization::Accept;
+use crate::protocol::time::Timestamp;
+use crate::protocol::zone::Zones;
 use crate::tasks::Registry;
 
 pub mod analyze;
@@ -43,6 +46,7 @@ pub mod report;
 pub mod request;
 pub mod reuse;
 pub mod revoked;
+pub mod scheduled;
 pub mod scratch;
 pub mod shutdown;
 pub mod state;
@@ -55,6 +59,8 @@ pub mod token;
 pub struct Worker {
     /// Every setting.
     pub settings: Settings,
+    /// In which zones times are shown.
+    pub zones: Zones,
     /// Node name.
     pub node: String,
     /// The registered tasks.
@@ -73,6 +79,8 @@ pub struct Worker {
     pub heartbeat: Option<f64>,
     /// The child processes.
     pub pool: Arc<Pool>,
+    /// Serializers that are accepted.
+    pub accept: Accept,
     /// Where results go.
     pub backend: Arc<dyn Backend>,
     /// Where analyses are kept; see [`Worker::database`].
@@ -113,6 +121,11 @@ impl Worker {
         };
         self.migrated.get_or_try_init(migrate).await?;
         Ok(&self.database)
+    }
+
+    /// This moment in the worker's own zone.
+    pub fn now(&self) -> Timestamp {
+        self.zones.own.show(&chrono::Utc::now())
     }
 
     /// The `origin` header of messages that this process sends.

@@ -7,27 +7,33 @@ use tokio::time::Instant;
 /// Reads `10/s`, `5/m`, `2/h`, a number (per second), and 0 or nothing for no limit. The error
 /// is the text of the Python exception that Celery would show.
 pub fn parse(text: &str) -> Result<Option<f64>, String> {
-    let text = text.trim();
     if text.is_empty() {
         return Ok(None);
     }
     let (count, unit) = text.split_once('/').unwrap_or((text, "s"));
     let count: f64 = count.trim().parse().map_err(|_| {
-        let shown = crate::protocol::saferepr::repr(&serde_json::Value::from(count));
-        format!("ValueError(\"could not convert string to float: {shown}\")")
+        let shown = crate::protocol::saferepr::repr_str(count);
+        crate::protocol::exception::Exception::builtin(
+            "ValueError",
+            format!("could not convert string to float: {shown}"),
+        )
+        .repr()
     })?;
-    let seconds = match unit.trim() {
-        "s" => 1.0,
+    let seconds = match unit {
+        "s" | "" => 1.0,
         "m" => 60.0,
         "h" => 3600.0,
-        other => return Err(format!("KeyError('{other}')")),
+        other => {
+            let shown = crate::protocol::saferepr::repr_str(other);
+            return Err(format!("KeyError({shown})"));
+        }
     };
     Ok((count > 0.0 && count.is_finite()).then_some(count / seconds))
 }
 
 /// The same text as so many in a time: `10/m` is 10 in a minute, `0.5/s` is 1 in two seconds.
 pub fn parse_count(text: &str) -> Result<Option<(u64, Duration)>, String> {
-    let Some(rate) = parse(text)? else {
+    let Some(rate) = parse(text.trim())? else {
         return Ok(None);
     };
     let unit = match text.rsplit_once('/').map(|(_, unit)| unit.trim()) {
@@ -111,7 +117,9 @@ mod tests {
         assert_eq!(parse("0"), Ok(None));
         assert_eq!(parse(""), Ok(None));
         assert_eq!(parse("2.5"), Ok(Some(2.5)));
+        assert_eq!(parse("2/"), Ok(Some(2.0)));
         assert_eq!(parse("1/x"), Err("KeyError('x')".to_owned()));
+        assert_eq!(parse("1 / m"), Err("KeyError(' m')".to_owned()));
         let error = parse("abc").unwrap_err();
         assert_eq!(
             error,

@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::Worker;
-use super::effects::Verdict;
+use super::effects::{Cancel, Verdict};
 use super::execute::Ending;
 use super::request::Request;
 use crate::events::Event;
@@ -40,7 +40,9 @@ pub fn received(worker: &Worker, request: &Request) {
 
 /// A slot accepted it.
 pub fn started(worker: &Worker, request: &Request) {
-    send(worker, request, &Event::task_started(request.id()));
+    if worker.events.sends_task_events() {
+        send(worker, request, &Event::task_started(request.id()));
+    }
 }
 
 /// It waits for its user's limit: what Celery sends for a task that is to run again.
@@ -84,7 +86,7 @@ pub fn ended_event(worker: &Worker, request: &Request, ending: &Ending) {
     }
     let id = request.id();
     let event = match &ending.verdict {
-        Verdict::Success(value) => {
+        Verdict::Success(value) | Verdict::Repeated(value) => {
             let runtime = ending.runtime.as_secs_f64();
             Event::task_succeeded(id, &short_repr(request, value), Some(runtime))
         }
@@ -97,7 +99,7 @@ pub fn ended_event(worker: &Worker, request: &Request, ending: &Ending) {
         Verdict::Revoked { reason, signal } => {
             Event::task_revoked(id, *reason == "terminated", *signal, *reason == "expired")
         }
-        Verdict::Cancelled => Event::task_cancelled(id),
+        Verdict::Cancelled(_) => Event::task_cancelled(id),
         Verdict::Fenced => return,
     };
     send(worker, request, &event);
@@ -153,7 +155,14 @@ pub fn ended(request: &Request, ending: &Ending) {
             ..
         } => {}
         Verdict::Revoked { .. } => log::info!("Discarding revoked task: {label}"),
-        Verdict::Cancelled => log::warn!("Task {label} cancelled: the worker shuts down"),
+        Verdict::Repeated(_) => {
+            log::info!("Task {label} ignored: Task already completed successfully.")
+        }
+        Verdict::Cancelled(Cancel::Shutdown) => {
+            log::warn!("Task {label} cancelled: the worker shuts down")
+        }
+        // Told when it was ended.
+        Verdict::Cancelled(Cancel::ConnectionLoss) => {}
         Verdict::Fenced => log::warn!(
             "Task {label} lost its lease: another worker has the message now, so this run has no \
              effect. Raise visibility_timeout if this happens without a fault of the network.",

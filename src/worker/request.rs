@@ -12,12 +12,12 @@ use secrecy::zeroize::Zeroize;
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::{Value, json};
 
-use super::effects::Rules;
+use super::effects::{Cancel, Rules};
 use crate::backend::ReplyTo;
 use crate::config::Settings;
 use crate::protocol::mask::{mask_secrets, mask_value};
 use crate::protocol::message::Message;
-use crate::protocol::saferepr::{MAX_LENGTH, MAX_LEVELS, saferepr_args, saferepr_kwargs};
+use crate::protocol::saferepr::{MAX_LENGTH, MAX_LEVELS, saferepr, saferepr_args, saferepr_kwargs};
 use crate::protocol::time::format_iso;
 use crate::tasks::registry::{Options, seconds};
 use crate::tasks::{Entry, Kind};
@@ -28,8 +28,6 @@ static NEXT_SERIAL: AtomicU64 = AtomicU64::new(1);
 /// Where a request is on its way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
-    /// Waits for its ETA.
-    Scheduled,
     /// Waits for a slot or its rate limit.
     Reserved,
     /// A slot has it.
@@ -45,8 +43,9 @@ struct Changing {
     acknowledged: bool,
     fenced: bool,
     terminated: Option<i32>,
-    cancelled: bool,
+    cancelled: Option<Cancel>,
     beside: bool,
+    end_told: bool,
     pid: Option<u32>,
     started: Option<f64>,
 }
@@ -134,8 +133,9 @@ impl Request {
                 acknowledged: false,
                 fenced: false,
                 terminated: None,
-                cancelled: false,
+                cancelled: None,
                 beside: false,
+                end_told: false,
                 pid: None,
                 started: None,
             }),
@@ -229,13 +229,13 @@ impl Request {
         self.changing().terminated
     }
 
-    /// The worker goes down cold: the end of the child is no failure of the task.
-    pub fn cancel(&self) {
-        self.changing().cancelled = true;
+    /// The worker itself ends it: the end of the child is no failure of the task.
+    pub fn cancel(&self, why: Cancel) {
+        self.changing().cancelled = Some(why);
     }
 
-    /// Whether the worker goes down cold.
-    pub fn cancelled(&self) -> bool {
+    /// Whether, and why, the worker itself ends it.
+    pub fn cancelled(&self) -> Option<Cancel> {
         self.changing().cancelled
     }
 
@@ -279,6 +279,17 @@ impl Request {
     /// Whether it takes no place among the messages fetched ahead.
     pub fn beside(&self) -> bool {
         self.changing().beside
+    }
+
+    /// The consumer wants to know when it ends.
+    pub fn tell_end(&self) {
+        self.changing().end_told = true;
+    }
+
+    /// Whether the prefetch count depends on its end.
+    pub fn counts_in_prefetch(&self) -> bool {
+        let changing = self.changing();
+        changing.beside || changing.end_told
     }
 
     /// A slot has it now.
@@ -425,7 +436,12 @@ fn reprs(message: &Message, secrets: &[String]) -> (String, String) {
             .iter()
             .map(|arg| mask_value(arg, &texts))
             .collect();
-        saferepr_args(&masked, MAX_LENGTH, MAX_LEVELS)
+        // A list where the client sent one: monitors show what they would have shown.
+        if message.argsrepr.starts_with('[') {
+            saferepr(&Value::Array(masked), MAX_LENGTH, MAX_LEVELS)
+        } else {
+            saferepr_args(&masked, MAX_LENGTH, MAX_LEVELS)
+        }
     });
     let kwargs = kept(&message.kwargsrepr).unwrap_or_else(|| {
         match mask_value(&Value::Object(message.kwargs.clone()), &texts) {

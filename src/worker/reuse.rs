@@ -116,8 +116,8 @@ pub async fn stopped(request: &Request) -> Verdict {
         if request.fenced() {
             return Verdict::Fenced;
         }
-        if request.cancelled() {
-            return Verdict::Cancelled;
+        if let Some(why) = request.cancelled() {
+            return Verdict::Cancelled(why);
         }
         if let Some(signal) = request.terminated() {
             return Verdict::Revoked {

@@ -12,6 +12,7 @@ use tokio::sync::Notify;
 
 use super::doubts::Doubts;
 use super::request::{Phase, Request};
+use super::scheduled::Scheduled;
 
 /// Shared state of one worker.
 #[derive(Debug)]
@@ -27,6 +28,8 @@ pub struct State {
     settled: Notify,
     /// What the broker may deliver again although it is done.
     pub doubts: Doubts,
+    /// What waits for its ETA.
+    pub scheduled: Scheduled,
     /// When the worker started.
     pub started: Instant,
 }
@@ -55,6 +58,7 @@ impl Default for State {
             closed: AtomicBool::new(false),
             settled: Notify::new(),
             doubts: Doubts::default(),
+            scheduled: Scheduled::default(),
             started: Instant::now(),
         }
     }
@@ -68,11 +72,19 @@ impl State {
             .insert(request.serial, request.clone());
     }
 
+    /// Lets a request go that is not due; its message waits in `scheduled`.
+    pub fn set_aside(&self, request: &Request) {
+        lock(&self.requests).held.remove(&request.serial);
+    }
+
     /// The running request whose delivery was lost and has come back as this one.
     pub fn disowned(&self, id: &str) -> Option<Arc<Request>> {
         let requests = lock(&self.requests);
         let lost = |request: &&Arc<Request>| {
-            request.id() == id && request.tag().is_none() && !request.acknowledged()
+            request.id() == id
+                && request.tag().is_none()
+                && !request.acknowledged()
+                && request.cancelled().is_none()
         };
         requests.held.values().find(lost).cloned()
     }

@@ -15,7 +15,6 @@ use crate::backend::{Meta, ReplyTo};
 use crate::events::Event;
 use crate::protocol::exception::Exception;
 use crate::protocol::message::{DeliveryInfo, Invalid, InvalidKind, Message};
-use crate::protocol::serialization::Accept;
 use crate::protocol::state::State;
 use crate::protocol::{Limits, saferepr};
 use crate::transport::{Delivery, Tag};
@@ -23,23 +22,39 @@ use crate::transport::{Delivery, Tag};
 /// A message that killed its worker or child this often is not tried again.
 const MOST_DEATHS: u32 = 3;
 
-/// Makes a request of a delivery. `None`: it was dealt with here.
-pub fn receive(worker: &Arc<Worker>, accept: &Accept, delivery: Delivery) -> Option<Arc<Request>> {
+fn decode(worker: &Worker, delivery: &Delivery) -> Result<Message, Box<Invalid>> {
     let info = DeliveryInfo {
         exchange: delivery.exchange.clone(),
         routing_key: delivery.routing_key.clone(),
         redelivered: delivery.redelivered,
         priority: delivery.envelope.properties.priority,
     };
-    let message = match Message::decode(&delivery.envelope, &info, accept, &Limits::default()) {
+    let limits = Limits::default();
+    let mut message = Message::decode(&delivery.envelope, &info, &worker.accept, &limits)?;
+    message.show_naive_in(&worker.zones.naive);
+    Ok(message)
+}
+
+/// The request of a delivery that was set aside: it was read before, so it can be read again.
+pub fn reread(worker: &Worker, serial: u64, delivery: &Delivery) -> Option<Request> {
+    let message = decode(worker, delivery).ok()?;
+    let entry = worker.registry.get(&message.task)?;
+    let mut request = Request::new(message, delivery, entry, &worker.settings);
+    request.serial = serial;
+    Some(request)
+}
+
+/// Makes a request of a delivery. `None`: it was dealt with here.
+pub fn receive(worker: &Arc<Worker>, delivery: &Delivery) -> Option<Arc<Request>> {
+    let message = match decode(worker, delivery) {
         Ok(message) => message,
         Err(invalid) => {
-            refuse(worker, &delivery, *invalid);
+            refuse(worker, delivery, *invalid);
             return None;
         }
     };
     let Some(entry) = worker.registry.get(&message.task) else {
-        unregistered(worker, delivery.tag, message);
+        unregistered(worker, delivery.tag.clone(), message);
         return None;
     };
     if delivery.redelivered
@@ -47,7 +62,7 @@ pub fn receive(worker: &Arc<Worker>, accept: &Accept, delivery: Delivery) -> Opt
     {
         // The broker took the message back and gave it to us again while we were at it: the
         // work under way settles it.
-        running.adopt(delivery.tag);
+        running.adopt(delivery.tag.clone());
         return None;
     }
     if delivery.redelivered && worker.state.doubts.take(&message.id, message.retries) {
@@ -56,10 +71,10 @@ pub fn receive(worker: &Arc<Worker>, accept: &Accept, delivery: Delivery) -> Opt
             message.display_name(),
             message.id
         );
-        worker.link.ack(delivery.tag);
+        worker.link.ack(delivery.tag.clone());
         return None;
     }
-    let request = Arc::new(Request::new(message, &delivery, entry, &worker.settings));
+    let request = Arc::new(Request::new(message, delivery, entry, &worker.settings));
     if delivery.deaths >= MOST_DEATHS {
         poisoned(worker, &request, delivery.deaths);
         return None;
@@ -192,7 +207,7 @@ fn poisoned(worker: &Arc<Worker>, request: &Arc<Request>, deaths: u32) {
 async fn fail(worker: &Worker, id: &str, exception: &Exception, to: ReplyTo<'_>) {
     let mut meta = Meta::new(id, State::Failure.as_str(), exception.to_value());
     meta.traceback.clone_from(&exception.traceback);
-    meta.date_done = Some(chrono::Utc::now());
+    meta.date_done = Some(worker.now());
     if let Err(error) = worker.backend.store(&meta, &to).await {
         log::error!("Cannot store the failure of task {id}: {error}");
     }

@@ -4,7 +4,7 @@
 //! Tests that stop the broker or close its connections have a server of their own.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -116,8 +116,8 @@ fn a_task_that_runs_while_its_connection_is_closed_is_committed_once() {
     gate.wait_arrivals(1);
     for _ in 0..2 {
         let before = worker.log().matches("Connected to").count();
-        rabbit.close_connections();
         wait_for("a new connection", PATIENCE, || {
+            rabbit.close_connections();
             (worker.log().matches("Connected to").count() > before).then_some(())
         });
     }
@@ -135,32 +135,59 @@ fn a_task_that_runs_while_its_connection_is_closed_is_committed_once() {
     assert_eq!(worker.ask(MANY, &["5"]), json!(5), "it goes on");
 }
 
+/// `CONSUMER_TIMEOUT=10` makes it 10 seconds and the tasks three times as long.
 #[test]
 fn consumer_timeout_costs_a_connection_but_neither_the_task_nor_the_worker() {
-    let rabbit = RabbitServer::with(
-        "[{rabbit, [{consumer_timeout, 3000}, {channel_tick_interval, 1000}]}].",
-    );
+    let given = std::env::var("CONSUMER_TIMEOUT").ok();
+    let seconds: u64 = given.as_ref().map_or(3, |text| text.parse().unwrap());
+    let rabbit = RabbitServer::with(&format!(
+        "[{{rabbit, [{{consumer_timeout, {}}}, {{channel_tick_interval, 1000}}]}}].",
+        seconds * 1000
+    ));
     let postgres = services::postgres();
-    let worker = Worker::on(&rabbit.url).database(&postgres).start();
     let repository = repository();
     let git = GitServer::start();
-    let (url, gate) = git.gated(&repository);
-    let id = worker.ask(ANALYSE, &[&url]);
-    gate.wait_arrivals(1);
-    worker.wait_log("consumer_timeout of 3 seconds");
-    wait_for("a new connection", PATIENCE, || {
-        (worker.log().matches("Connected to").count() > 1).then_some(())
+    let began = Instant::now();
+    let held = ["classic", "quorum"].map(|kind| {
+        let worker = Worker::on(&rabbit.url)
+            .database(&postgres)
+            .env("CELERY_TASK_CREATE_MISSING_QUEUE_TYPE", kind)
+            .start();
+        let (url, gate) = git.gated(&repository);
+        let script = format!("app.conf.task_create_missing_queue_type = '{kind}'{ANALYSE}");
+        let id = worker.ask(&script, &[&url]).as_str().unwrap().to_owned();
+        gate.wait_arrivals(1);
+        (worker, url, gate, id)
     });
-    gate.open();
-    let id = id.as_str().unwrap();
-    wait_for("the result", PATIENCE, || {
-        (succeeded(&worker, id) > 0).then_some(())
-    });
-    wait_for("an empty queue", PATIENCE, || {
-        (rabbit.counts(&worker.queue) == (0, 0)).then_some(())
-    });
-    assert_eq!(succeeded(&worker, id), 1);
-    assert_eq!(postgres.rows_with(&url).len(), 1);
+    for (worker, ..) in &held {
+        let limit = format!("consumer_timeout of {seconds} seconds");
+        worker.wait_log(&limit);
+        wait_for("a new connection", PATIENCE, || {
+            (worker.log().matches("Connected to").count() > 1).then_some(())
+        });
+    }
+    if given.is_some() {
+        wait_for("the end of the tasks", Duration::from_secs(600), || {
+            (began.elapsed() > Duration::from_secs(3 * seconds)).then_some(())
+        });
+    }
+    for (worker, url, gate, id) in &held {
+        gate.open();
+        wait_for("the result", PATIENCE, || {
+            (succeeded(worker, id) > 0).then_some(())
+        });
+        wait_for("an empty queue", PATIENCE, || {
+            (rabbit.counts(&worker.queue) == (0, 0)).then_some(())
+        });
+        assert_eq!(succeeded(worker, id), 1);
+        assert_eq!(postgres.rows_with(url).len(), 1);
+        let connections = worker.log().matches("Connected to").count();
+        eprintln!("{connections} connections after {:?}", began.elapsed());
+    }
+    for (kind, (worker, ..)) in ["classic", "quorum"].iter().zip(&held) {
+        let script = format!("app.conf.task_create_missing_queue_type = '{kind}'{MANY}");
+        assert_eq!(worker.ask(&script, &["3"]), json!(3), "it goes on");
+    }
 }
 
 #[test]
@@ -327,10 +354,62 @@ fn certificates_are_checked_and_a_private_authority_can_be_named() {
     assert_eq!(python.run(&script, &["3"]), json!(3));
     drop(worker);
 
-    let (trusting, _) = rabbit.url.split_once('?').unwrap();
-    let worker = Worker::on(trusting).start_without_waiting();
-    worker.wait_log("invalid peer certificate");
-    assert!(!worker.log().contains("guest:guest"), "{}", worker.log());
+    let (address, files) = rabbit.url.split_once('?').unwrap();
+    let (authority, own) = files.split_once('&').unwrap();
+    let refused = |url: &str| {
+        let worker = Worker::on(url).start_without_waiting();
+        worker.wait_log("Cannot connect to amqps://guest:**@127.0.0.");
+        let log = worker.log();
+        assert!(!log.contains("guest:guest"), "{log}");
+        log
+    };
+    let log = refused(&format!("{address}?{own}"));
+    assert!(log.contains("UnknownIssuer"), "another authority: {log}");
+    let elsewhere = rabbit.url.replacen("127.0.0.1", "127.0.0.2", 1);
+    let log = refused(&elsewhere);
+    assert!(log.contains("not valid for"), "another name: {log}");
+    let log = refused(&format!("{address}?{authority}"));
+    assert!(
+        log.to_lowercase().contains("certificate"),
+        "no certificate of one's own: {log}"
+    );
+}
+
+#[test]
+fn queues_that_are_deleted_are_made_again_for_who_consumes_and_for_who_publishes() {
+    let broker = crate::support::Broker::rabbitmq();
+    let next = unique("next");
+    let worker = broker
+        .worker()
+        .env("CELERY_TASK_DEFAULT_QUEUE", &next)
+        .start();
+    let delete = "
+with app.connection_for_write() as connection:
+    for name in sys.argv[1:]:
+        connection.default_channel.queue_delete(name)
+answer(None)
+";
+    worker.ask(delete, &[&worker.queue]);
+    worker.wait_log("The broker cancelled the consumer of");
+    assert_eq!(worker.ask(MANY, &["3"]), json!(3));
+
+    // What follows a task goes to a queue that the worker itself made; nobody consumes it.
+    let chain = "
+from celery import chain
+step = lambda queue: app.signature('test_task', args=['x'], queue=queue, immutable=True)
+result = chain(step(QUEUE), step(sys.argv[1])).apply_async()
+result.parent.get(timeout=30)
+answer(None)
+";
+    for _ in 0..2 {
+        worker.ask(chain, &[&next]);
+        let mut raw = broker.raw(&next);
+        wait_for("the next task", PATIENCE, || {
+            (raw.waiting() == 1).then_some(())
+        });
+        worker.ask(delete, &[&next]);
+    }
+    assert_eq!(worker.log().matches("Connected to").count(), 1);
 }
 
 #[test]
@@ -346,4 +425,37 @@ fn a_connection_on_which_nothing_comes_any_more_is_made_again() {
     proxy.strand();
     worker.wait_log("Connection to broker lost");
     assert_eq!(python.run(&script, &["5"]), json!(5));
+}
+
+#[test]
+fn a_quorum_queue_can_be_added_to_a_worker_of_classic_queues() {
+    let broker = crate::support::Broker::rabbitmq();
+    let worker = broker.worker().start();
+    let (quorum, other) = (unique("quorum"), unique("other"));
+    let add = "
+quorum, other = sys.argv[1:]
+def add(name, **options):
+    app.control.broadcast('add_consumer', {'queue': name, **options}, reply=True, timeout=3, limit=1)
+later = app.send_task('test_task', args=['later'], queue=QUEUE, countdown=600)
+add(quorum, queue_arguments={'x-queue-type': 'quorum'})
+add(other)
+answer(later.id)
+";
+    let later = worker.ask(add, &[&quorum, &other]);
+    worker.wait_log(&format!("Started consuming from {other}"));
+    let script = "
+quorum, other, later = sys.argv[1:]
+app.conf.task_create_missing_queues = False
+from kombu import Queue
+queues = [Queue(QUEUE, no_declare=True), Queue(quorum, no_declare=True), Queue(other, no_declare=True)]
+app.conf.task_queues = queues
+results = [app.send_task('test_task', args=[f'{n}'], queue=q) for n in range(10) for q in queues]
+values = [str(r.get(timeout=30)) for r in results]
+app.control.revoke(later)
+answer(len(values))
+";
+    let later = later.as_str().unwrap();
+    assert_eq!(worker.ask(script, &[&quorum, &other, later]), json!(30));
+    worker.wait_log("Global QoS is disabled");
+    assert_eq!(worker.log().matches("Connected to").count(), 1);
 }

@@ -169,12 +169,11 @@ async fn an_analysis_is_begun_retried_and_succeeds_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_success_needs_no_beginning_and_replaces_other_contributors() {
+async fn a_success_needs_no_beginning_and_is_final() {
     let places = places().await;
     for Place { database, .. } in &places {
         let mut run = run("t-2");
         run.repo_url = "https://x:geheim@git.example/o/r".into();
-        database.succeed(&run, &completed()).await.unwrap();
         let many = (0..12_345).map(|n| contributor(&format!("{n}@example.com"), 20_000 - n));
         let more = Completed {
             contributors: many.collect(),
@@ -183,17 +182,18 @@ async fn a_success_needs_no_beginning_and_replaces_other_contributors() {
         database.succeed(&run, &more).await.unwrap();
         let row = database.find("t-2").await.unwrap().unwrap();
         assert_eq!(row.repo_url, "https://git.example/o/r");
-        assert_eq!(
-            database.contributors(row.id).await.unwrap(),
-            more.contributors
-        );
         let nobody = Completed {
             contributors: Vec::new(),
             head_commit: None,
             ..completed()
         };
         database.succeed(&run, &nobody).await.unwrap();
-        assert!(database.contributors(row.id).await.unwrap().is_empty());
+        assert_eq!(
+            database.contributors(row.id).await.unwrap(),
+            more.contributors
+        );
+        let after = database.find("t-2").await.unwrap().unwrap();
+        assert_eq!(after.head_commit, row.head_commit);
         assert_eq!(database.recent(10).await.unwrap().len(), 1);
     }
     leave(places).await;

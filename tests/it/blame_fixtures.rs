@@ -7,7 +7,9 @@ use std::path::Path;
 
 use celeriac::blame::{Options, Whitespace};
 
-use crate::blame_oracle::{by_git, differences, neutral};
+use celeriac::git::{Oid, Repository, ignored};
+
+use crate::blame_oracle::{by_engine, by_git, count, differences, git, neutral};
 
 /// Makes the repository of a script and compares, by file and commit, with several options.
 fn check(script: &str) {
@@ -50,6 +52,66 @@ fn check(script: &str) {
     ] {
         let text = differences(directory.path(), &options);
         assert!(text.is_empty(), "{script}, {options:?}\n{text}");
+    }
+}
+
+/// What `celeriac analyze` counts by commit, and git with the same list.
+#[test]
+fn list_of_ignored_commits_is_read_as_git_reads_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path();
+    let run = |arguments: &[&str]| git(path, arguments, b"");
+    run(&["init", "-q", "-b", "main", "."]);
+    let commit = |text: &str, list: &str| {
+        std::fs::write(path.join("file"), text).unwrap();
+        std::fs::write(path.join(".git-blame-ignore-revs"), list).unwrap();
+        run(&["add", "."]);
+        let author = ["-c", "user.name=A", "-c", "user.email=a@example.com"];
+        run(&[&author[..], &["commit", "-q", "-m", "m"]].concat());
+        String::from_utf8(run(&["rev-parse", "HEAD"]))
+            .unwrap()
+            .trim()
+            .to_owned()
+    };
+    commit("int one(int a) { return a; }\nint two;\n", "");
+    let reformatted = commit(
+        "int one(int a)\n{\n    return a;\n}\nint  two;\n",
+        "# nothing yet\n",
+    );
+    let author = ["-c", "user.name=A", "-c", "user.email=a@example.com"];
+    run(&[&author[..], &["tag", "-a", "-m", "t", "style"]].concat());
+    let tag = String::from_utf8(run(&["rev-parse", "style"])).unwrap();
+    let blob = String::from_utf8(run(&["rev-parse", "HEAD:file"])).unwrap();
+    let missing = "1".repeat(40);
+    let last = "int one(int a)\n{\n    return a;\n}\nint  two;\nint three;\n";
+    for list in [
+        format!("# style\n\n  {reformatted}  # only blanks\r\n"),
+        format!("{missing}\n{}\n{}", tag.trim(), blob.trim()),
+    ] {
+        commit(last, &list);
+        let head = Oid::from_hex(run(&["rev-parse", "HEAD"]).trim_ascii()).unwrap();
+        let repository = Repository::open(path).unwrap();
+        let text = repository
+            .file(head, ".git-blame-ignore-revs")
+            .unwrap()
+            .unwrap();
+        let names = ignored::parse(&text, "list").unwrap();
+        let options = Options {
+            ignored: repository.commits_of(&names).unwrap(),
+            ..Options::default()
+        };
+        let expected = count(&run(&[
+            "blame",
+            "--porcelain",
+            "--ignore-revs-file",
+            ".git-blame-ignore-revs",
+            "main",
+            "--",
+            "file",
+        ]));
+        assert_eq!(by_engine(path, &options)["file"], expected, "{list}");
+        // Its five lines are not its own any more.
+        assert!(!expected.contains_key(&reformatted), "{expected:?}");
     }
 }
 

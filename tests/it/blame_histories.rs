@@ -8,10 +8,11 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use celeriac::blame::{Options, Whitespace};
+use celeriac::git::Oid;
 use tempfile::TempDir;
 
 use crate::blame_oracle::{differences, git};
-use crate::histories::stream;
+use crate::histories::{Numbers, stream};
 
 /// Histories in a run; `BLAME_HISTORIES` asks for another number.
 const HISTORIES: usize = 36;
@@ -36,11 +37,38 @@ fn commits(seed: u64) -> usize {
     [12, 40, 80, 160][(seed % 4) as usize]
 }
 
+/// What the engine is asked for.
+#[derive(Debug, Clone)]
+struct Question {
+    options: Options,
+    /// Of a hundred commits, so many do not count.
+    ignored: usize,
+}
+
 /// Nothing when the engine agrees with git.
-fn disagreement(seed: u64, commits: usize, options: &Options) -> Option<String> {
+fn disagreement(seed: u64, commits: usize, question: &Question) -> Option<String> {
     let repository = import(&stream(seed, commits));
-    let text = differences(repository.path(), options);
+    let mut options = question.options.clone();
+    let listed = git(repository.path(), &["rev-list", "main"], b"");
+    let mut numbers = Numbers::new(seed);
+    for name in listed.split(|&byte| byte == b'\n') {
+        if numbers.below(100) < question.ignored {
+            options.ignored.extend(Oid::from_hex(name));
+        }
+    }
+    let text = differences(repository.path(), &options);
     (!text.is_empty()).then_some(text)
+}
+
+fn question(index: usize) -> Question {
+    Question {
+        options: options(index),
+        ignored: match index % 5 {
+            2 => 30,
+            4 => 90,
+            _ => 0,
+        },
+    }
 }
 
 fn options(index: usize) -> Options {
@@ -63,14 +91,14 @@ fn options(index: usize) -> Options {
 }
 
 /// The shortest beginning of a history that fails, as text for the report.
-fn shrink(seed: u64, options: &Options) -> String {
+fn shrink(seed: u64, question: &Question) -> String {
     let (length, text) = (1..=commits(seed))
-        .find_map(|length| Some((length, disagreement(seed, length, options)?)))
+        .find_map(|length| Some((length, disagreement(seed, length, question)?)))
         .expect("the whole history failed");
     let kept: PathBuf = std::env::temp_dir().join(format!("celeriac-history-{seed}.fast-import"));
     std::fs::write(&kept, stream(seed, length)).unwrap();
     format!(
-        "seed {seed}, {length} commits, kept as {}\n{options:?}\n{text}",
+        "seed {seed}, {length} commits, kept as {}\n{question:?}\n{text}",
         kept.display()
     )
 }
@@ -82,7 +110,7 @@ fn random_histories_are_blamed_as_git_blames_them() {
         .map(|seed| seed.parse().unwrap());
     let count = std::env::var("BLAME_HISTORIES").map_or(HISTORIES, |count| count.parse().unwrap());
     let seeds: Vec<u64> = match chosen {
-        Some(seed) => vec![seed; 9],
+        Some(seed) => vec![seed; 18],
         None => (0..count)
             .map(|index| RandomState::new().hash_one(index))
             .collect(),
@@ -96,9 +124,9 @@ fn random_histories_are_blamed_as_git_blames_them() {
             while let Some((index, &seed)) = Some(next.fetch_add(1, Ordering::Relaxed))
                 .and_then(|index| Some((index, seeds.get(index)?)))
             {
-                let options = options(index);
-                if disagreement(seed, commits(seed), &options).is_some() {
-                    failures.push(shrink(seed, &options));
+                let question = question(index);
+                if disagreement(seed, commits(seed), &question).is_some() {
+                    failures.push(shrink(seed, &question));
                 }
             }
             failures

@@ -59,6 +59,10 @@ pub fn by_git(repository: &Path, options: &Options) -> Lines {
     if options.first_parent {
         arguments.push("--first-parent");
     }
+    let ignored: Vec<String> = options.ignored.iter().map(Oid::to_string).collect();
+    for commit in &ignored {
+        arguments.extend(["--ignore-rev", commit]);
+    }
     let mut files = Lines::new();
     for entry in git(repository, &["ls-tree", "-r", "-z", "main"], b"").split(|&byte| byte == 0) {
         let entry = std::str::from_utf8(entry).expect("fixtures have paths in UTF-8");
@@ -86,7 +90,7 @@ pub fn by_git(repository: &Path, options: &Options) -> Lines {
 }
 
 /// Lines by commit in the porcelain format: each line has a header, known facts, and its text after a TAB.
-fn count(porcelain: &[u8]) -> BTreeMap<String, u64> {
+pub fn count(porcelain: &[u8]) -> BTreeMap<String, u64> {
     let mut commits = BTreeMap::new();
     let mut header = true;
     for line in porcelain.split(|&byte| byte == b'\n') {

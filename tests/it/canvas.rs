@@ -8,17 +8,24 @@ use serde_json::{Value, json};
 
 use super::support::redis_server::RedisServer;
 use super::support::worker::Worker;
-use super::support::{project, python, services, unique, wait_for};
+use super::support::{Broker, on_brokers, project, python, unique, wait_for};
 
 /// Chosen because they cover every kind of part, each nested in each other.
 const FIXED: (u32, u32) = (1, 20);
-/// How many more there are with every run; their seeds are printed.
+/// How many more there are with every run, unless `CANVAS_SEEDS` says so; their seeds are printed.
 const FRESH: u32 = 20;
+/// So many are in flight together.
+const BATCH: u32 = 50;
 
 /// A Python worker on a database of a server; ended when dropped.
-fn python_worker(url: &str, queue: &str) -> python::Background {
+pub fn python_worker(url: &str, queue: &str) -> python::Background {
+    python_worker_of(python::Python::new(url, url, queue))
+}
+
+/// The same with a result backend of its own.
+pub fn python_worker_of(client: python::Python) -> python::Background {
     let directory = project().join("examples/python-worker");
-    let worker = python::Python::new(url, url, queue).spawn(&[
+    let worker = client.spawn(&[
         "-m",
         "celery",
         "--workdir",
@@ -68,9 +75,12 @@ fn random_canvases_end_as_they_end_with_a_python_worker() {
         .queue(&queue)
         .env("CELERY_TASK_DEFAULT_QUEUE", &queue)
         .start();
+    let count = std::env::var("CANVAS_SEEDS").map_or(FRESH, |count| count.parse().unwrap());
     let fresh = 1000 + u32::from(rand_u16()) * 10;
-    println!("fresh seeds: {fresh} to {}", fresh + FRESH - 1);
-    for seeds in [FIXED, (fresh, FRESH)] {
+    println!("fresh seeds: {fresh} to {}", fresh + count - 1);
+    let batches = (0..count).step_by(BATCH as usize);
+    let batches = batches.map(|start| (fresh + start, BATCH.min(count - start)));
+    for seeds in [FIXED].into_iter().chain(batches) {
         let found = compare(&left, &right, &queue, seeds);
         let sent = found["sent"].as_u64().unwrap();
         assert!(sent > 10, "{found:#}");
@@ -100,12 +110,12 @@ const WAIT_FOR_BODIES: &str = "
 answer([AsyncResult(body).get(timeout=100).count('celeriac received: h') for body in sys.argv[1:]])
 ";
 
-#[test]
-fn the_body_of_a_chord_runs_once_although_its_worker_is_killed_in_between() {
-    let redis = services::redis();
+on_brokers!(the_body_of_a_chord_runs_once_although_its_worker_is_killed_in_between);
+fn the_body_of_a_chord_runs_once_although_its_worker_is_killed_in_between(broker: &Broker) {
     let queue = unique("q");
     let start = || {
-        Worker::on(&redis.url)
+        broker
+            .worker()
             .queue(&queue)
             .env("CELERY_TASK_DEFAULT_QUEUE", &queue)
             .env("CELERY_TASK_ACKS_LATE", "true")

@@ -6,7 +6,7 @@ use nix::sys::signal::Signal;
 use redis::Commands as _;
 use serde_json::{Value, json};
 
-use crate::support::{GitServer, Repository, Worker, services, wait_for};
+use crate::support::{Broker, GitServer, Repository, Worker, on_brokers, services, wait_for};
 
 /// `call(name, arguments)`: the reply of the one worker, and whether there was one.
 const CALL: &str = "\
@@ -16,14 +16,14 @@ def call(method, **arguments):
     return got[0][node] if got else 'no reply'
 ";
 
-fn calls(worker: &Worker, calls: &Value) -> Value {
+pub(crate) fn calls(worker: &Worker, calls: &Value) -> Value {
     let script = format!(
         "{CALL}answer([call(method, **arguments) for method, arguments in json.loads(sys.argv[2])])"
     );
     worker.ask(&script, &[&worker.node, &calls.to_string()])
 }
 
-fn call(worker: &Worker, method: &str, arguments: Value) -> Value {
+pub(crate) fn call(worker: &Worker, method: &str, arguments: Value) -> Value {
     calls(worker, &json!([[method, arguments]]))[0].clone()
 }
 
@@ -54,63 +54,9 @@ fn shape(value: &Value) -> Value {
     }
 }
 
-#[test]
-fn commands_answer_with_celerys_words() {
-    let redis = services::redis();
-    let worker = Worker::start(&redis);
-    let table = json!([
-        ["ping", {}, {"ok": "pong"}],
-        ["ping", {"nope": 1}, {"ok": "pong"}],
-        ["no_such_command", {}, {"error": "KeyError('no_such_command')"}],
-        ["rate_limit", {}, {"error": "TypeError(\"rate_limit() missing 2 required positional arguments: 'task_name' and 'rate_limit'\")"}],
-        ["rate_limit", {"task_name": "test_task", "rate_limit": "10/m"}, {"ok": "new rate limit set successfully"}],
-        ["rate_limit", {"task_name": "test_task", "rate_limit": 0}, {"ok": "rate limit disabled successfully"}],
-        ["rate_limit", {"task_name": "nope", "rate_limit": "1/s"}, {"error": "unknown task"}],
-        ["rate_limit", {"task_name": "test_task", "rate_limit": "abc"}, {"error": "Invalid rate limit string: ValueError(\"could not convert string to float: 'abc'\")"}],
-        ["rate_limit", {"task_name": "test_task", "rate_limit": "1/x"}, {"error": "KeyError('x')"}],
-        ["time_limit", {"task_name": "test_task", "soft": 10, "hard": 20}, {"ok": "time limits set successfully"}],
-        ["time_limit", {"task_name": "nope", "soft": 10, "hard": 20}, {"error": "unknown task"}],
-        ["enable_events", {"nope": 1}, {"error": "TypeError(\"enable_events() got an unexpected keyword argument 'nope'\")"}],
-        ["disable_events", {}, {"ok": "task events already disabled"}],
-        ["enable_events", {}, {"ok": "task events enabled"}],
-        ["enable_events", {}, {"ok": "task events already enabled"}],
-        ["heartbeat", {}, null],
-        ["election", {"id": "e1", "topic": "task", "action": null}, null],
-        ["add_consumer", {"queue": "foo"}, {"ok": "add consumer foo"}],
-        ["cancel_consumer", {"queue": "foo"}, {"ok": "no longer consuming from foo"}],
-        ["revoke", {"task_id": "r-1"}, {"ok": "tasks {'r-1'} flagged as revoked"}],
-        ["revoke", {"task_id": ["r-2", "r-3"]}, {"ok": "tasks {'r-2', 'r-3'} flagged as revoked"}],
-        ["revoke", {"task_id": ["r-4"], "terminate": true, "signal": "SIGKILL"}, {"ok": "terminate: tasks unknown"}],
-        ["revoked", {}, ["r-1", "r-2", "r-3", "r-4"]],
-        ["revoke_by_stamped_headers", {"headers": {"stage": ["prod"]}}, {"ok": "headers {'stage': ['prod']} flagged as revoked, but not terminated"}],
-        ["revoke_by_stamped_headers", {"headers": ["stage=dev"]}, {"ok": "headers {'stage': 'dev'} flagged as revoked, but not terminated"}],
-        ["revoke_by_stamped_headers", {"headers": {"stage": ["prod"]}, "terminate": true}, {"ok": "headers {'stage': ['prod']} were not terminated"}],
-        ["autoscale", {"max": 4, "min": 1}, {"error": "ValueError('Autoscale not enabled')"}],
-        ["autoscale", {"max": 3, "min": 1, "x": 1}, {"error": "TypeError(\"autoscale() got an unexpected keyword argument 'x'\")"}],
-        ["pool_restart", {}, {"error": "ValueError('Pool restarts not enabled')"}],
-        ["pool_grow", {}, {"ok": "pool will grow"}],
-        ["pool_shrink", {}, {"ok": "pool will shrink"}],
-        ["pool_grow", {"n": 1000000}, {"error": "ValueError('a pool has at most 512 processes')"}],
-        ["objgraph", {}, {"error": "ImportError('Requires the objgraph library')"}],
-        ["hello", {"from_node": worker.node, "revoked": []}, null],
-        ["query_task", {"ids": ["nope"]}, {}],
-        ["reserved", {}, []],
-        ["dump_schedule", {}, []],
-        ["registered", {}, ["analyze_repo_task", "test_task"]],
-        ["dump_tasks", {"taskinfoitems": ["acks_late", "__class__"]}, ["analyze_repo_task [acks_late=True]", "test_task [acks_late=False]"]],
-    ]);
-    let rows = table.as_array().unwrap();
-    let asked: Vec<Value> = rows.iter().map(|row| json!([row[0], row[1]])).collect();
-    let got = calls(&worker, &asked.into());
-    for (row, got) in rows.iter().zip(got.as_array().unwrap()) {
-        assert_eq!(got, &row[2], "{} {}", row[0], row[1]);
-    }
-}
-
-#[test]
-fn replies_have_the_shape_of_celerys() {
-    let redis = services::redis();
-    let worker = Worker::start(&redis);
+on_brokers!(replies_have_the_shape_of_celerys);
+fn replies_have_the_shape_of_celerys(broker: &Broker) {
+    let worker = broker.worker().start();
     let eta = send(&worker, "'test_task', args=['x'], countdown=600");
     let queue = json!({
         "name": "text",
@@ -128,6 +74,11 @@ fn replies_have_the_shape_of_celerys() {
             "redelivered": "bool"},
         "worker_pid": null,
     });
+    let login = if broker.is_redis() {
+        Value::Null
+    } else {
+        "text".into()
+    };
     let stats = json!({
         "total": {}, "pid": "number", "clock": "text", "uptime": "number",
         "pool": {"implementation": "text", "max-concurrency": "number", "processes": ["number"],
@@ -135,9 +86,9 @@ fn replies_have_the_shape_of_celerys() {
             "timeouts": ["number"],
             "writes": {"total": "number", "avg": "text", "all": "text", "raw": "text",
                 "strategy": "text", "inqueues": {"total": "number", "active": "number"}}},
-        "broker": {"hostname": "text", "userid": null, "virtual_host": "text", "port": "number",
+        "broker": {"hostname": "text", "userid": login, "virtual_host": "text", "port": "number",
             "insist": "bool", "ssl": "bool", "transport": "text", "connect_timeout": "number",
-            "transport_options": {}, "login_method": null, "uri_prefix": null,
+            "transport_options": {}, "login_method": login, "uri_prefix": null,
             "heartbeat": "number", "failover_strategy": "text", "alternates": [],
             "credential_provider": null},
         "prefetch_count": "number",
@@ -185,10 +136,10 @@ fn replies_have_the_shape_of_celerys() {
     assert!(got[7].as_str().unwrap().starts_with("- rss: "));
 }
 
-#[test]
-fn autoscale_follows_the_load_and_obeys_its_command() {
-    let redis = services::redis();
-    let worker = Worker::on(&redis.url)
+on_brokers!(autoscale_follows_the_load_and_obeys_its_command);
+fn autoscale_follows_the_load_and_obeys_its_command(broker: &Broker) {
+    let worker = broker
+        .worker()
         .option("--autoscale=1,3")
         .env("AUTOSCALE_KEEPALIVE", "0.5")
         .start();
@@ -231,14 +182,14 @@ fn autoscale_follows_the_load_and_obeys_its_command() {
     assert_eq!(stats["prefetch_count"], 5);
 }
 
-#[test]
-fn revoked_ids_and_the_clock_survive_a_restart() {
-    let redis = services::redis();
+on_brokers!(revoked_ids_and_the_clock_survive_a_restart);
+fn revoked_ids_and_the_clock_survive_a_restart(broker: &Broker) {
     let file = tempfile::tempdir().unwrap();
     let path = file.path().join("%n.state").to_string_lossy().into_owned();
     let on = |queue: &str| {
         // Not in the database of the broker, so that only the file can have kept it.
-        Worker::on(&redis.url)
+        broker
+            .worker()
             .queue(queue)
             .name("kept")
             .option("--statedb")
@@ -254,7 +205,9 @@ fn revoked_ids_and_the_clock_survive_a_restart() {
     );
     let clock = call(&worker, "clock", json!({}))["clock"].as_u64().unwrap();
     worker.stop();
-    let _: () = redis.connect().del("celeriac.revoked").unwrap();
+    let results = redis::Client::open(broker.results.as_str()).unwrap();
+    let mut results = results.get_connection().unwrap();
+    let _: () = results.del("celeriac.revoked").unwrap();
     let worker = on(&queue).start();
     assert_eq!(
         call(&worker, "revoked", json!({})),
@@ -298,10 +251,9 @@ fn workers_that_start_later_know_what_was_revoked() {
     assert_eq!(call(&later, "revoked", json!({})), json!(["shared-1"]));
 }
 
-#[test]
-fn a_waiting_task_is_revoked_at_once_for_its_client_and_never_runs() {
-    let redis = services::redis();
-    let worker = Worker::on(&redis.url).concurrency(1).start();
+on_brokers!(a_waiting_task_is_revoked_at_once_for_its_client_and_never_runs);
+fn a_waiting_task_is_revoked_at_once_for_its_client_and_never_runs(broker: &Broker) {
+    let worker = broker.worker().concurrency(1).start();
     let (repository, server) = (repository(), GitServer::start());
     let (url, gate) = server.gated(&repository);
     let eta = send(&worker, "'test_task', args=['x'], countdown=600");
@@ -325,10 +277,9 @@ answer([[result.state for result in results], time.time() - began, call('active'
     assert_eq!(got[2], json!([]));
 }
 
-#[test]
-fn terminating_kills_the_childs_whole_group_within_a_second() {
-    let redis = services::redis();
-    let worker = Worker::on(&redis.url).concurrency(1).start();
+on_brokers!(terminating_kills_the_childs_whole_group_within_a_second);
+fn terminating_kills_the_childs_whole_group_within_a_second(broker: &Broker) {
+    let worker = broker.worker().concurrency(1).start();
     let (repository, server) = (repository(), GitServer::start());
     let (url, gate) = server.gated(&repository);
     let id = send(&worker, &format!("'analyze_repo_task', args=[1, '{url}']"));
@@ -336,13 +287,8 @@ fn terminating_kills_the_childs_whole_group_within_a_second() {
     let child = call(&worker, "active", json!({}))[0]["worker_pid"]
         .as_u64()
         .unwrap();
-    let _: () = redis
-        .connect()
-        .publish(
-            format!("/{}.celery.pidbox", database(&redis.url)),
-            broadcast("terminate", &json!({"task_id": id, "signal": "SIGTERM"})),
-        )
-        .unwrap();
+    let message = broadcast("terminate", &json!({"task_id": id, "signal": "SIGTERM"}));
+    broker.mail().send(message.as_bytes());
     let began = Instant::now();
     wait_for("the end of the child", Duration::from_secs(1), || {
         (!std::path::Path::new(&format!("/proc/{child}")).exists()).then_some(())
@@ -358,10 +304,10 @@ answer(result.state)",
     assert_eq!(state, "REVOKED");
 }
 
-#[test]
-fn a_time_limit_counts_for_tasks_that_are_already_reserved() {
-    let redis = services::redis();
-    let worker = Worker::on(&redis.url)
+on_brokers!(a_time_limit_counts_for_tasks_that_are_already_reserved);
+fn a_time_limit_counts_for_tasks_that_are_already_reserved(broker: &Broker) {
+    let worker = broker
+        .worker()
         .concurrency(1)
         .env("CELERY_WORKER_PREFETCH_MULTIPLIER", "2")
         .start();
@@ -390,10 +336,10 @@ fn a_time_limit_counts_for_tasks_that_are_already_reserved() {
     ));
 }
 
-#[test]
-fn a_rate_limit_changes_what_waits() {
-    let redis = services::redis();
-    let worker = Worker::on(&redis.url)
+on_brokers!(a_rate_limit_changes_what_waits);
+fn a_rate_limit_changes_what_waits(broker: &Broker) {
+    let worker = broker
+        .worker()
         .env("CELERY_WORKER_PREFETCH_MULTIPLIER", "20")
         .start();
     let seconds = worker.ask(
@@ -418,13 +364,12 @@ answer([waiting, time.time() - began])"
     assert!((0.35..5.0).contains(&spent), "{spent}");
 }
 
-#[test]
-fn elections_end_with_one_winner_and_never_with_the_worker() {
-    let redis = services::redis();
+on_brokers!(elections_end_with_one_winner_and_never_with_the_worker);
+fn elections_end_with_one_winner_and_never_with_the_worker(broker: &Broker) {
     let queue = crate::support::unique("q");
     let workers = [
-        Worker::on(&redis.url).queue(&queue).start(),
-        Worker::on(&redis.url).queue(&queue).start(),
+        broker.worker().queue(&queue).start(),
+        broker.worker().queue(&queue).start(),
     ];
     let got = workers[0].ask(
         "from celery.result import AsyncResult
@@ -453,20 +398,19 @@ answer(AsyncResult('elected-task').get(timeout=20))",
     );
 }
 
-#[test]
-fn a_second_worker_of_the_same_name_is_pointed_out() {
-    let redis = services::redis();
-    let first = Worker::on(&redis.url).name("twin").start();
-    let second = Worker::on(&redis.url).name("twin").start();
+on_brokers!(a_second_worker_of_the_same_name_is_pointed_out);
+fn a_second_worker_of_the_same_name_is_pointed_out(broker: &Broker) {
+    let first = broker.worker().name("twin").start();
+    let second = broker.worker().name("twin").start();
     let warning = format!("A node named {} is already running", first.node);
     second.wait_log(&warning);
     first.wait_log(&warning);
 }
 
-#[test]
-fn switched_off_commands_are_refused_by_every_name() {
-    let redis = services::redis();
-    let worker = Worker::on(&redis.url)
+on_brokers!(switched_off_commands_are_refused_by_every_name);
+fn switched_off_commands_are_refused_by_every_name(broker: &Broker) {
+    let worker = broker
+        .worker()
         .env("CELERY_WORKER_DISABLED_COMMANDS", "shutdown,conf,pool_grow")
         .start();
     let got = calls(
@@ -525,12 +469,10 @@ fn clients_that_die_leave_no_key_without_an_end() {
     assert_eq!(call(&worker, "ping", json!({})), json!({"ok": "pong"}));
 }
 
-#[test]
-fn no_bytes_in_the_mailbox_stop_the_worker() {
-    let redis = services::redis();
-    let worker = Worker::start(&redis);
-    let mut connection = redis.connect();
-    let channel = format!("/{}.celery.pidbox", database(&redis.url));
+on_brokers!(no_bytes_in_the_mailbox_stop_the_worker);
+fn no_bytes_in_the_mailbox_stop_the_worker(broker: &Broker) {
+    let worker = broker.worker().start();
+    let mut mail = broker.mail();
     let mut random = Random(0x9e37_79b9_7f4a_7c15);
     let end = Instant::now() + Duration::from_secs(5);
     let mut sent = 0;
@@ -598,7 +540,7 @@ fn no_bytes_in_the_mailbox_stop_the_worker() {
                 request(method, &arguments, None).into_bytes()
             }
         };
-        let _: () = connection.publish(&channel, message).unwrap();
+        mail.send(&message);
         sent += 1;
         if sent % 200 == 0 {
             // As fast as the worker reads, so that nothing is skipped.
@@ -616,10 +558,10 @@ fn no_bytes_in_the_mailbox_stop_the_worker() {
     assert!(ran.as_str().unwrap().contains("still here"));
 }
 
-#[test]
-fn a_token_is_shown_nowhere() {
-    let redis = services::redis();
-    let mut worker = Worker::on(&redis.url)
+on_brokers!(a_token_is_shown_nowhere);
+fn a_token_is_shown_nowhere(broker: &Broker) {
+    let mut worker = broker
+        .worker()
         .concurrency(1)
         .option("-E")
         .env("CELERY_RESULT_EXTENDED", "1")

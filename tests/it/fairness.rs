@@ -53,6 +53,8 @@ fn a_users_limit_holds_over_two_workers_and_a_killed_one_gives_back_within_5_s()
         Worker::on(&redis.url)
             .queue(&queue)
             .env("USER_MAX_RUNNING", "2")
+            // One slot more than one worker can use: nobody asks for a task without a slot.
+            .concurrency(3)
             .start()
     };
     let mut workers = [start(), start()];

@@ -313,30 +313,67 @@ fn each_limit_is_named_when_it_is_exceeded() {
     let repository = repository();
     let server = GitServer::start();
     let url = server.open(&repository);
-    let limit_of = |change: fn(&mut Limits)| {
+    let limit_of = |setting: &str, change: fn(&mut Limits)| {
         let error = fetch_with(&url, None, |request| change(&mut request.limits)).unwrap_err();
         assert!(!error.is_transient());
+        let told = error.to_string();
+        assert!(told.contains(setting), "{told}");
         error.limit().unwrap_or_else(|| panic!("{error:?}"))
     };
     assert_eq!(
-        limit_of(|limits| limits.max_bytes = 1000),
+        limit_of("1000 bytes received; raise CLONE_MAX_BYTES", |limits| {
+            limits.max_bytes = 1000
+        }),
         fetch::Limit::Bytes
     );
     assert_eq!(
-        limit_of(|limits| limits.max_objects = 10),
+        limit_of("10 objects; raise CLONE_MAX_OBJECTS", |limits| limits
+            .max_objects =
+            10),
         fetch::Limit::Objects
     );
     assert_eq!(
-        limit_of(|limits| limits.max_object_size = 1000),
+        limit_of("raise CLONE_MAX_OBJECT_SIZE", |limits| limits
+            .max_object_size =
+            1000),
         fetch::Limit::ObjectSize
     );
     assert_eq!(
-        limit_of(|limits| limits.max_inflated = 20_000),
+        limit_of("raise CLONE_MAX_INFLATED", |limits| limits.max_inflated =
+            20_000),
         fetch::Limit::Inflated
     );
     assert_eq!(
-        limit_of(|limits| limits.max_delta_depth = 1),
+        limit_of("1 steps in a delta chain", |limits| limits
+            .max_delta_depth =
+            1),
         fetch::Limit::DeltaDepth
+    );
+    assert_eq!(
+        limit_of(
+            "1500 bytes of disk for one clone; raise CLONE_DISK_QUOTA",
+            |limits| {
+                limits.max_disk = 1500;
+            }
+        ),
+        fetch::Limit::Disk
+    );
+    let begun = server.requests().len();
+    let full = fetch_with(&url, None, |request| {
+        request.limits.keep_free = Some(u64::MAX);
+    });
+    let full = full.unwrap_err();
+    let told = full.to_string();
+    assert!(
+        told.contains("CLONE_DISK_RESERVE") && full.is_transient(),
+        "{told}"
+    );
+    let asked = &server.requests()[begun..];
+    assert!(
+        asked
+            .iter()
+            .all(|request| !request.body_has("command=fetch")),
+        "a disk that is full is noticed before the pack is asked for"
     );
 }
 

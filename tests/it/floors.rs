@@ -92,7 +92,16 @@ const DOORS: &[(&str, &[&str])] = &[
     ("libc", &["pool/process", "pool/sandbox", "worker/shutdown"]),
     // Its types (signals, process ids, descriptors) are the pool's vocabulary.
     // Remote control tells of the process (rusage) and takes names of signals.
-    ("nix", &["pool", "worker/shutdown", "worker/control", "cli"]),
+    (
+        "nix",
+        &[
+            "pool",
+            "worker/shutdown",
+            "worker/control",
+            "cli",
+            "git/fetch/space",
+        ],
+    ),
     ("console", &["cli"]),
 ];
 

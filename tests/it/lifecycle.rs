@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::support::{GitServer, Raw, RedisServer, Repository, Worker, services, wait_for};
+use crate::support::{
+    Broker, GitServer, Raw, RedisServer, Repository, Worker, on_brokers, services, wait_for,
+};
 
 fn repository() -> Repository {
     let mut repository = Repository::new();
@@ -19,17 +21,17 @@ fn in_an_hour() -> String {
     (chrono::Utc::now() + chrono::Duration::hours(1)).to_rfc3339()
 }
 
-#[test]
-fn warm_shutdown_hands_back_what_waits_and_keeps_what_runs() {
-    let redis = services::redis();
+on_brokers!(warm_shutdown_hands_back_what_waits_and_keeps_what_runs);
+fn warm_shutdown_hands_back_what_waits_and_keeps_what_runs(broker: &Broker) {
     let repository = repository();
     let server = GitServer::start();
     let (url, gate) = server.gated(&repository);
-    let mut worker = Worker::on(&redis.url)
+    let mut worker = broker
+        .worker()
         .concurrency(1)
         .option("--prefetch-multiplier=3")
         .start();
-    let mut raw = Raw::new(&redis.url, &worker.queue);
+    let mut raw = broker.raw(&worker.queue);
     let running = raw.send("analyze_repo_task", json!([1, url]));
     gate.wait_arrivals(1);
     let later = raw.send_with("test_task", json!(["later"]), &json!({"eta": in_an_hour()}));
@@ -61,7 +63,7 @@ fn warm_shutdown_hands_back_what_waits_and_keeps_what_runs() {
     assert_eq!(back.iter().filter(redelivered).count(), 4);
 
     // Others take them while the first still runs, and do not take it for dead.
-    let second = Worker::on(&redis.url).queue(&worker.queue).start();
+    let second = broker.worker().queue(&worker.queue).start();
     for (number, id) in waiting.iter().enumerate() {
         assert_eq!(raw.value(id), format!("celeriac received: {number}"));
     }
@@ -105,14 +107,13 @@ fn a_running_task_survives_a_broker_that_restarts_during_warm_shutdown() {
     );
 }
 
-#[test]
-fn the_second_interrupt_ends_running_tasks_and_late_ones_go_back() {
-    let redis = services::redis();
+on_brokers!(the_second_interrupt_ends_running_tasks_and_late_ones_go_back);
+fn the_second_interrupt_ends_running_tasks_and_late_ones_go_back(broker: &Broker) {
     let repository = repository();
     let server = GitServer::start();
     let (url, gate) = server.gated(&repository);
-    let mut worker = Worker::on(&redis.url).concurrency(1).start();
-    let mut raw = Raw::new(&redis.url, &worker.queue);
+    let mut worker = broker.worker().concurrency(1).start();
+    let mut raw = broker.raw(&worker.queue);
     let running = raw.send("analyze_repo_task", json!([1, url]));
     gate.wait_arrivals(1);
     let children = worker.descendants();
@@ -145,18 +146,18 @@ fn clones(worker: &Worker) -> Vec<String> {
         .collect()
 }
 
-#[test]
-fn cold_shutdown_tells_the_client_of_a_task_that_was_acknowledged_early() {
-    let redis = services::redis();
+on_brokers!(cold_shutdown_tells_the_client_of_a_task_that_was_acknowledged_early);
+fn cold_shutdown_tells_the_client_of_a_task_that_was_acknowledged_early(broker: &Broker) {
     let repository = repository();
     let server = GitServer::start();
     let (url, gate) = server.gated(&repository);
-    let mut worker = Worker::on(&redis.url)
+    let mut worker = broker
+        .worker()
         .concurrency(1)
         .env("CELERY_TASK_ACKS_LATE", "false")
         .env("REMAP_SIGTERM", "SIGQUIT")
         .start();
-    let mut raw = Raw::new(&redis.url, &worker.queue);
+    let mut raw = broker.raw(&worker.queue);
     let running = raw.send("analyze_repo_task", json!([1, url]));
     gate.wait_arrivals(1);
     worker.signal(Signal::SIGTERM);
@@ -166,17 +167,17 @@ fn cold_shutdown_tells_the_client_of_a_task_that_was_acknowledged_early() {
     assert_eq!(raw.status(&running), "RETRY");
 }
 
-#[test]
-fn soft_shutdown_gives_running_tasks_a_last_while() {
-    let redis = services::redis();
+on_brokers!(soft_shutdown_gives_running_tasks_a_last_while);
+fn soft_shutdown_gives_running_tasks_a_last_while(broker: &Broker) {
     let repository = repository();
     let server = GitServer::start();
     let (url, gate) = server.gated(&repository);
-    let mut worker = Worker::on(&redis.url)
+    let mut worker = broker
+        .worker()
         .concurrency(2)
         .env("CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT", "3")
         .start();
-    let mut raw = Raw::new(&redis.url, &worker.queue);
+    let mut raw = broker.raw(&worker.queue);
     let done = raw.send("analyze_repo_task", json!([1, url]));
     gate.wait_arrivals(1);
     let (url, shut) = server.gated(&repository);

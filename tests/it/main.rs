@@ -27,6 +27,8 @@ mod blame_fixtures;
 mod blame_histories;
 /// What git itself says about a repository, beside what the blame engine says.
 mod blame_oracle;
+/// Calls and what the settings make of them.
+mod calling;
 /// Canvases, beside a Python worker and through the death of a worker.
 mod canvas;
 /// Workers, brokers and networks that die, with nothing lost and nothing done twice.
@@ -35,6 +37,10 @@ mod chaos;
 mod commands;
 /// Remote control and events, as the Python client sees them.
 mod control;
+/// Rubbish on its channel.
+mod control_fuzz;
+/// The words of its answers.
+mod control_words;
 /// Limits and turns of users, and work that is done once.
 mod fairness;
 /// Real clones over HTTP.
@@ -43,6 +49,8 @@ mod fetch_clone;
 mod fetch_lies;
 /// Whom a fetch believes.
 mod fetch_tls;
+/// Repositories that hide tricks.
+mod fetch_tricks;
 /// The URLs strangers send.
 mod fetch_urls;
 /// The import table, the doors and the module docs of the source tree.
@@ -53,13 +61,15 @@ mod histories;
 mod janitor;
 /// How a worker starts, stops and refuses to start.
 mod lifecycle;
+/// Tokens that are seen nowhere.
+mod markers;
 /// Malformed messages and random bytes.
 mod messages;
 /// Result backends, read back by the Python client.
 mod results;
 /// The fences around a child of the product.
 mod sandbox;
-/// Tokens: given, stored, used, and seen nowhere.
+/// Tokens: given, encrypted, stored, used.
 mod secrets;
 /// That the test support itself does what the other tests rely on.
 mod support_works;

@@ -7,24 +7,24 @@ use base64::Engine;
 use serde_json::{Value, json};
 
 use crate::support::raw::envelope;
-use crate::support::{Raw, Worker, services};
+use crate::support::{Broker, Raw, Worker, on_brokers, services};
 
 /// Envelopes made by hand, with what the Python worker did with them.
 const MALFORMED: &str = include_str!("../fixtures/wire/malformed.json");
 const SEED: u64 = 0x5eed_ce1e;
 
-#[test]
-fn every_malformed_message_is_answered_or_kept_and_the_next_task_runs() {
-    let redis = services::redis();
-    let mut worker = Worker::start(&redis);
-    let mut raw = Raw::new(&redis.url, &worker.queue);
+on_brokers!(every_malformed_message_is_answered_or_kept_and_the_next_task_runs);
+fn every_malformed_message_is_answered_or_kept_and_the_next_task_runs(broker: &Broker) {
+    let mut worker = broker.worker().start();
+    let mut raw = broker.raw(&worker.queue);
     let cases: Vec<Value> = serde_json::from_str(MALFORMED).unwrap();
     assert!(cases.len() >= 30);
     let mut kept = 0;
     for case in &cases {
         let name = case["case"].as_str().unwrap();
         let text = case["envelope"].to_string();
-        raw.push(text.replace("celery_app.test_task", "test_task").as_bytes());
+        let text = text.replace("celery_app.test_task", "test_task");
+        raw.push_envelope(&serde_json::from_str(&text).unwrap());
         let next = raw.send("test_task", json!([name]));
         assert!(
             raw.value(&next).to_string().contains(name),
@@ -65,11 +65,10 @@ fn readable_id(envelope: &Value) -> Option<String> {
     body["id"].as_str().map(str::to_owned)
 }
 
-#[test]
-fn random_bytes_and_damaged_envelopes_do_not_stop_the_worker() {
-    let redis = services::redis();
-    let mut worker = Worker::start(&redis);
-    let mut raw = Raw::new(&redis.url, &worker.queue);
+on_brokers!(random_bytes_and_damaged_envelopes_do_not_stop_the_worker);
+fn random_bytes_and_damaged_envelopes_do_not_stop_the_worker(broker: &Broker) {
+    let mut worker = broker.worker().start();
+    let mut raw = broker.raw(&worker.queue);
     let seed = std::env::var("CHAOS_SEED")
         .ok()
         .and_then(|text| text.parse().ok())
@@ -92,11 +91,13 @@ fn random_bytes_and_damaged_envelopes_do_not_stop_the_worker() {
                 }
             }
             _ => {
-                let damaged = damage(message, &mut random);
-                bytes = damaged.to_string().into_bytes();
+                raw.push_envelope(&damage(message, &mut random));
+                bytes.clear();
             }
         }
-        raw.push(&bytes);
+        if !bytes.is_empty() {
+            raw.push(&bytes);
+        }
         if number % 20 == 0 {
             whole.insert(raw.send("test_task", arguments), number);
         }

@@ -31,7 +31,7 @@ fn runtime() -> tokio::runtime::Runtime {
 
 /// A document that is done.
 fn done(id: &str, status: &str, result: Value) -> Meta {
-    let date_done = Some(chrono::Utc::now());
+    let date_done = Some(chrono::Utc::now().fixed_offset());
     Meta {
         date_done,
         ..Meta::new(id, status, result)

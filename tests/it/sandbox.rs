@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::support::{GitServer, Raw, Repository, Worker, project, python, services, wait_for};
+use crate::support::{
+    GitServer, Raw, Repository, TlsFront, Worker, project, python, services, unique, wait_for,
+};
 
 /// Lets an idle child of the worker try everything; see the script.
 fn canary(worker: &Worker) -> Value {
@@ -97,4 +99,207 @@ fn real_clones_and_local_repositories_are_analysed_inside_the_sandbox() {
     }
     let told = worker.log().matches("the sandbox is incomplete").count();
     assert!(told <= 1, "said once, not for every child");
+}
+
+#[test]
+fn a_clone_over_https_works_inside_the_sandbox_and_only_a_trusted_server_hears_the_token() {
+    let redis = services::redis();
+    let mut repository = Repository::new();
+    repository.commit("Ada <ada@example.com>", &[("a.txt", "one\n")]);
+    let server = GitServer::start();
+    let token = unique("secret");
+    let plain = server.with_token(&repository, &token);
+    let front = TlsFront::before(&plain);
+    let url = front.url(&plain);
+    let stranger = Worker::on(&redis.url).env("REPO_CA_FILE", "").start();
+    let mut raw = Raw::new(&redis.url, &stranger.queue);
+    let id = raw.send("analyze_repo_task", json!([1, url, token]));
+    let meta = raw.wait(&id);
+    let told = meta["result"]["exc_message"][0].as_str().unwrap();
+    assert!(
+        told.contains("UnknownIssuer") && told.contains("REPO_CA_FILE"),
+        "{told}"
+    );
+    assert_eq!((front.requests(), server.requests().len()), (0, 0));
+    drop(stranger);
+    // Outside of every directory that children may read anyway.
+    let elsewhere = tempfile::tempdir().unwrap();
+    let authority = elsewhere.path().join("ca.pem");
+    std::fs::copy(TlsFront::authority(), &authority).unwrap();
+    for variable in ["REPO_CA_FILE", "SSL_CERT_FILE"] {
+        let worker = Worker::on(&redis.url)
+            .env(variable, authority.to_str().unwrap())
+            .start();
+        let mut raw = Raw::new(&redis.url, &worker.queue);
+        let id = raw.send("analyze_repo_task", json!([1, url, token]));
+        assert_eq!(raw.value(&id)["total_contributors"], 1, "{variable}");
+        for pid in worker.descendants() {
+            let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+            assert!(status.contains("Seccomp:\t2"), "{status}");
+        }
+    }
+    let broken = elsewhere.path().join("broken.pem");
+    std::fs::write(&broken, "-----BEGIN NOTHING-----\n").unwrap();
+    let mut refused = Worker::on(&redis.url)
+        .env("REPO_CA_FILE", broken.to_str().unwrap())
+        .start_without_waiting();
+    assert!(!refused.wait().success());
+    assert!(
+        refused.log().contains("no certificates in PEM form"),
+        "{}",
+        refused.log()
+    );
+}
+
+/// Starts a worker whose kernel answers one system call with an error.
+fn on_a_kernel_without(redis: &str, call: i64, error: i32) -> Worker {
+    let rules = std::collections::BTreeMap::from([(call, Vec::new())]);
+    let filter = seccompiler::SeccompFilter::new(
+        rules,
+        seccompiler::SeccompAction::Allow,
+        seccompiler::SeccompAction::Errno(error.cast_unsigned()),
+        std::env::consts::ARCH.try_into().unwrap(),
+    );
+    let program: seccompiler::BpfProgram = filter.unwrap().try_into().unwrap();
+    let redis = redis.to_owned();
+    // A filter holds for its thread and whatever that thread starts.
+    let start = move || {
+        seccompiler::apply_filter(&program).unwrap();
+        Worker::on(&redis)
+            .concurrency(2)
+            .env("CELERY_WORKER_MAX_TASKS_PER_CHILD", "1")
+            .start()
+    };
+    std::thread::spawn(start).join().unwrap()
+}
+
+#[test]
+fn what_the_kernel_lacks_is_said_once_and_the_other_fences_stand() {
+    let redis = services::redis();
+    let mut repository = Repository::new();
+    repository.commit("Ada <ada@example.com>", &[("a.txt", "one\n")]);
+    let server = GitServer::start();
+    for (call, error, told, status) in [
+        (
+            libc::SYS_landlock_create_ruleset,
+            libc::ENOSYS,
+            "Landlock is not in force (kernel older than 5.13, or switched off)",
+            "Seccomp:\t2",
+        ),
+        (
+            libc::SYS_landlock_create_ruleset,
+            libc::EOPNOTSUPP,
+            "Landlock is not in force (kernel older than 5.13, or switched off)",
+            "NoNewPrivs:\t1",
+        ),
+        (
+            libc::SYS_seccomp,
+            libc::ENOSYS,
+            "the seccomp filter is not in force",
+            "NoNewPrivs:\t1",
+        ),
+    ] {
+        let worker = on_a_kernel_without(&redis.url, call, error);
+        let mut raw = Raw::new(&redis.url, &worker.queue);
+        let url = server.open(&repository);
+        for user in 0..3 {
+            let id = raw.send("analyze_repo_task", json!([user, url]));
+            assert_eq!(raw.value(&id)["total_contributors"], 1);
+        }
+        assert_eq!(worker.log().matches(told).count(), 1, "{}", worker.log());
+        for pid in worker.descendants() {
+            // A child may be replaced this moment.
+            let found = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+            assert!(found.is_empty() || found.contains(status), "{found}");
+        }
+    }
+}
+
+#[test]
+fn a_child_holds_no_connection_setting_or_secret_of_its_parent() {
+    let redis = services::redis();
+    let secret = unique("secret");
+    let worker = Worker::on(&redis.url)
+        .env(
+            "TOKEN_ENCRYPTION_KEYS",
+            "cw_0x689RpI-jtRR7oE8h_eQsKImvJapLeSbXpwF4e4=",
+        )
+        .env("SENTRY_DSN", "")
+        .env("AWS_SECRET_ACCESS_KEY", &secret)
+        .env("HTTPS_PROXY", &format!("http://u:{secret}@127.0.0.1:9"))
+        .start();
+    let known = [
+        "PATH",
+        "LANG",
+        "LC_ALL",
+        "LC_CTYPE",
+        "TZ",
+        "TMPDIR",
+        "SSL_CERT_FILE",
+        "SSL_CERT_DIR",
+        "RUST_BACKTRACE",
+        "HOME",
+    ];
+    let children = worker.descendants();
+    assert!(children.len() >= 2, "{children:?}");
+    for pid in children {
+        let read = |name: &str| std::fs::read(format!("/proc/{pid}/{name}")).unwrap();
+        for variable in read("environ")
+            .split(|byte| *byte == 0)
+            .filter(|text| !text.is_empty())
+        {
+            let text = String::from_utf8_lossy(variable);
+            let (name, _) = text.split_once('=').unwrap();
+            assert!(known.contains(&name), "{text}");
+        }
+        let arguments = String::from_utf8_lossy(&read("cmdline")).into_owned();
+        assert!(
+            !arguments.contains("redis") && !arguments.contains("://"),
+            "{arguments}"
+        );
+        // Its two sockets to the parent, what it needs of threads and timers, and no TCP socket.
+        let tcp = [read("net/tcp"), read("net/tcp6")].concat();
+        let tcp = String::from_utf8_lossy(&tcp).into_owned();
+        for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))
+            .unwrap()
+            .flatten()
+        {
+            let target = std::fs::read_link(entry.path()).unwrap_or_default();
+            let target = target.to_string_lossy().into_owned();
+            let inode = target
+                .strip_prefix("socket:[")
+                .and_then(|rest| rest.strip_suffix(']'));
+            let is_tcp = inode.is_some_and(|inode| tcp.contains(&format!(" {inode} ")));
+            let is_known = ["socket:[", "/dev/null", "anon_inode:", "pipe:["]
+                .iter()
+                .any(|start| target.starts_with(start))
+                || target.ends_with("/log");
+            assert!(is_known && !is_tcp, "{pid} holds {target}");
+        }
+        let maps = String::from_utf8_lossy(&read("maps")).into_owned();
+        let foreign = maps
+            .lines()
+            .filter_map(|line| line.split_whitespace().nth(5));
+        for file in foreign.filter(|file| file.starts_with('/')) {
+            let is_code = file.contains("/lib") || file.ends_with("/celeriac");
+            assert!(is_code, "{pid} has mapped {file}");
+        }
+        let status = String::from_utf8_lossy(&read("status")).into_owned();
+        assert!(status.contains("NoNewPrivs:\t1"), "{status}");
+        let limits = String::from_utf8_lossy(&read("limits")).into_owned();
+        let limit = |name: &str| {
+            let line = limits
+                .lines()
+                .find(|line| line.starts_with(name))
+                .unwrap()
+                .to_owned();
+            line[name.len()..]
+                .split_whitespace()
+                .next()
+                .unwrap()
+                .to_owned()
+        };
+        assert_eq!(limit("Max core file size"), "0");
+        assert_eq!(limit("Max file size"), (10_u64 << 30).to_string());
+    }
 }

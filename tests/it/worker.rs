@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use crate::support::{GitServer, Raw, Repository, Worker, services, wait_for};
+use crate::support::{Broker, GitServer, Repository, Worker, on_brokers, services, wait_for};
 
 fn repository() -> Repository {
     let mut repository = Repository::new();
@@ -41,13 +41,13 @@ fn walk(directory: &std::path::Path) -> usize {
     entries.flatten().map(count).sum()
 }
 
-#[test]
-fn a_python_client_gets_progress_result_and_rows() {
-    let (redis, postgres) = (services::redis(), services::postgres());
+on_brokers!(a_python_client_gets_progress_result_and_rows);
+fn a_python_client_gets_progress_result_and_rows(broker: &Broker) {
+    let postgres = services::postgres();
     let repository = repository();
     let server = GitServer::start();
     let (url, gate) = server.gated(&repository);
-    let worker = Worker::on(&redis.url).database(&postgres).start();
+    let worker = broker.worker().database(&postgres).start();
     let id = worker.ask(
         "from features.v1.github_analysis.worker_tasks import enqueue_analysis_task\n\
          answer(enqueue_analysis_task(7, sys.argv[1], None)['task_id'])",
@@ -85,27 +85,24 @@ fn a_python_client_gets_progress_result_and_rows() {
     assert_clean(&worker, 3);
 }
 
-fn raw_of(worker: &Worker) -> Raw {
-    Raw::new(worker.broker(), &worker.queue)
-}
-
-#[test]
-fn time_limits_of_settings_options_and_messages_end_a_task_and_free_its_slot() {
-    let redis = services::redis();
+on_brokers!(time_limits_of_settings_options_and_messages_end_a_task_and_free_its_slot);
+fn time_limits_of_settings_options_and_messages_end_a_task_and_free_its_slot(broker: &Broker) {
     let repository = repository();
     let server = GitServer::start();
     let open = server.open(&repository);
-    let hard = Worker::on(&redis.url)
+    let hard = broker
+        .worker()
         .concurrency(1)
         .env("CELERY_TASK_TIME_LIMIT", "1")
         .start();
-    let soft = Worker::on(&redis.url)
+    let soft = broker
+        .worker()
         .concurrency(1)
         .option("--soft-time-limit=1")
         .option("--time-limit=60")
         .start();
     let (url, _never_opened) = server.gated(&repository);
-    let (mut raw, mut other) = (raw_of(&hard), raw_of(&soft));
+    let (mut raw, mut other) = (broker.raw(&hard.queue), broker.raw(&soft.queue));
     let by_setting = raw.send("analyze_repo_task", json!([1, url]));
     let by_option = other.send("analyze_repo_task", json!([1, url]));
     // Celery's limit is the message's where it has one: the hard one is first here.
@@ -153,18 +150,18 @@ fn busy_child(worker: &Worker) -> u32 {
     *busy.unwrap_or_else(|| panic!("none of {children:?} has a connection"))
 }
 
-#[test]
-fn a_child_that_dies_is_a_failure_or_goes_back_as_the_settings_say() {
-    let redis = services::redis();
+on_brokers!(a_child_that_dies_is_a_failure_or_goes_back_as_the_settings_say);
+fn a_child_that_dies_is_a_failure_or_goes_back_as_the_settings_say(broker: &Broker) {
     let repository = repository();
     let server = GitServer::start();
     for (reject, status) in [("false", "FAILURE"), ("true", "SUCCESS")] {
-        let worker = Worker::on(&redis.url)
+        let worker = broker
+            .worker()
             .concurrency(1)
             .env("CELERY_TASK_REJECT_ON_WORKER_LOST", reject)
             .start();
         let (url, gate) = server.gated(&repository);
-        let mut raw = raw_of(&worker);
+        let mut raw = broker.raw(&worker.queue);
         let id = raw.send("analyze_repo_task", json!([1, url]));
         gate.wait_arrivals(1);
         let child = i32::try_from(busy_child(&worker)).unwrap();
@@ -189,14 +186,13 @@ fn a_child_that_dies_is_a_failure_or_goes_back_as_the_settings_say() {
     }
 }
 
-#[test]
-fn children_are_replaced_after_their_tasks_or_their_memory_without_a_loss() {
-    let redis = services::redis();
+on_brokers!(children_are_replaced_after_their_tasks_or_their_memory_without_a_loss);
+fn children_are_replaced_after_their_tasks_or_their_memory_without_a_loss(broker: &Broker) {
     let repository = repository();
     let url = format!("file://{}", repository.path().display());
     for option in ["--max-tasks-per-child=2", "--max-memory-per-child=1"] {
-        let worker = Worker::on(&redis.url).concurrency(1).option(option).start();
-        let mut raw = raw_of(&worker);
+        let worker = broker.worker().concurrency(1).option(option).start();
+        let mut raw = broker.raw(&worker.queue);
         let first = worker.descendants();
         let ids: Vec<String> = (0..6)
             .map(|_| raw.send("analyze_repo_task", json!([1, url])))

@@ -106,6 +106,34 @@ fn trees_nested_too_deep_are_refused() {
 }
 
 #[test]
+fn paths_too_long_are_refused() {
+    let fixture = Fixture::new();
+    let blob = write(&fixture, "blob", b"one file\n");
+    let root = |name: &[u8]| {
+        let mut bytes = b"100644 file\0".to_vec();
+        bytes.extend(Oid::from_hex(blob.as_bytes()).unwrap().as_bytes());
+        let mut directory = Trees::default();
+        let inner = directory.add(&bytes);
+        let mut bytes = b"40000 ".to_vec();
+        bytes.extend(name);
+        bytes.push(0);
+        bytes.extend(inner.as_bytes());
+        let tree = directory.add(&bytes);
+        directory.write(&fixture);
+        tree.to_string()
+    };
+    let longest = explain(&fixture, &root(&[b'd'; 4_091]), Limits::default());
+    assert!(longest.is_ok(), "{longest:?}");
+    let error = explain(&fixture, &root(&[b'd'; 4_092]), Limits::default()).unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .contains("more than 4096 bytes in the path"),
+        "{error}"
+    );
+}
+
+#[test]
 fn files_beyond_the_limits_are_named_not_explained() {
     let mut fixture = Fixture::new();
     let large = lines("large", 2_000);

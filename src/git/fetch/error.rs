@@ -4,14 +4,15 @@
 //! server chose appears only in [`Error::Remote`], cleaned and with the token blotted out.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::space::Lack;
 use crate::git::http;
 use crate::git::http::watch::Cause;
 use crate::git::url;
 
-/// A limit of [`super::Limits`], by the field's name.
+/// A limit of [`super::Limits`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Limit {
     /// `max_bytes`
@@ -24,16 +25,33 @@ pub enum Limit {
     Inflated,
     /// `max_delta_depth`
     DeltaDepth,
+    /// `max_disk`
+    Disk,
+}
+
+impl Limit {
+    /// What a user can do about it: the setting that raises it, if there is one.
+    fn advice(self) -> &'static str {
+        match self {
+            Limit::Bytes => "raise CLONE_MAX_BYTES to analyse it",
+            Limit::Objects => "raise CLONE_MAX_OBJECTS to analyse it",
+            Limit::ObjectSize => "raise CLONE_MAX_OBJECT_SIZE to analyse it",
+            Limit::Inflated => "raise CLONE_MAX_INFLATED to analyse it",
+            Limit::DeltaDepth => "git itself never makes as many",
+            Limit::Disk => "raise CLONE_DISK_QUOTA to analyse it",
+        }
+    }
 }
 
 impl fmt::Display for Limit {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str(match self {
-            Limit::Bytes => "bytes received (max_bytes)",
-            Limit::Objects => "objects (max_objects)",
-            Limit::ObjectSize => "bytes in one object (max_object_size)",
-            Limit::Inflated => "bytes in all objects together (max_inflated)",
-            Limit::DeltaDepth => "steps in a delta chain (max_delta_depth)",
+            Limit::Bytes => "bytes received",
+            Limit::Objects => "objects",
+            Limit::ObjectSize => "bytes in one object",
+            Limit::Inflated => "bytes in all objects together",
+            Limit::DeltaDepth => "steps in a delta chain",
+            Limit::Disk => "bytes of disk for one clone",
         })
     }
 }
@@ -227,7 +245,7 @@ pub enum Error {
         format: String,
     },
     /// Larger than allowed.
-    #[error("{url} is too large: more than {allowed} {limit}; raise that limit to analyse it")]
+    #[error("{url} is too large: more than {allowed} {limit}; {}", limit.advice())]
     TooLarge {
         /// The repository.
         url: String,
@@ -255,6 +273,25 @@ pub enum Error {
         path: PathBuf,
         /// The system's reason.
         source: std::io::Error,
+    },
+    /// The disk is too full.
+    #[error(
+        "{url} is not fetched: {free} bytes are free on the disk of {} and {reserve} are to stay free \
+         (CLONE_DISK_RESERVE); {}",
+        path.display(),
+        if *others { "other jobs may give room back, else make some" } else { "make room, or lower that setting" }
+    )]
+    DiskLow {
+        /// The repository.
+        url: String,
+        /// What lies on that disk.
+        path: PathBuf,
+        /// Bytes that are free.
+        free: u64,
+        /// Bytes that are to stay free.
+        reserve: u64,
+        /// Whether others took the room, so that waiting may help.
+        others: bool,
     },
     /// A directory of this machine that is no repository.
     #[error("{} is not a git repository ({detail}); check the path", path.display())]
@@ -285,6 +322,7 @@ impl Error {
             | Error::RateLimited { .. }
             | Error::CutOff { .. }
             | Error::Thread(_) => true,
+            Error::DiskLow { others, .. } => *others,
             Error::Server { status, .. } => *status != 501 && *status != 505,
             _ => false,
         }
@@ -350,6 +388,29 @@ pub(super) fn from_http(url: &str, doing: Doing, error: http::Error) -> Error {
             detail: error.to_string(),
         },
         http::Error::Thread(detail) => Error::Thread(detail),
+    }
+}
+
+/// Turns a lack of room into what the user reads.
+pub(super) fn from_lack(url: &str, path: &Path, lack: Lack) -> Error {
+    let url = url.to_owned();
+    match lack {
+        Lack::Quota(allowed) => Error::TooLarge {
+            url,
+            limit: Limit::Disk,
+            allowed,
+        },
+        Lack::Reserve {
+            free,
+            reserve,
+            others,
+        } => Error::DiskLow {
+            url,
+            path: path.to_owned(),
+            free,
+            reserve,
+            others,
+        },
     }
 }
 

@@ -22,6 +22,7 @@ mod pktline;
 mod progress;
 mod receive;
 mod repository;
+mod space;
 mod want;
 
 use std::fs::File;
@@ -46,6 +47,7 @@ use conversation::{Conversation, Wanted};
 use pack::{Fault, Indexed, PackLimits};
 use progress::Steps;
 use repository::Layout;
+use space::Space;
 use want::PackAnswer;
 
 /// How often the watcher looks.
@@ -66,6 +68,11 @@ pub struct Limits {
     pub max_inflated: u64,
     /// Deltas on top of each other; git itself never makes more than 4095.
     pub max_delta_depth: u16,
+    /// Bytes of disk, pack and index together.
+    pub max_disk: u64,
+    /// Bytes that are to stay free on the disk of the directory; 0 for none, `None` for 256 MiB
+    /// and never more than a twentieth of the disk.
+    pub keep_free: Option<u64>,
     /// For a name lookup, and for connecting to a host with all its addresses.
     pub connect_timeout: Duration,
     /// For one wait without a byte.
@@ -89,6 +96,8 @@ impl Default for Limits {
             max_object_size: 1 << 30,
             max_inflated: 1 << 40,
             max_delta_depth: 4096,
+            max_disk: 30 << 30,
+            keep_free: None,
             connect_timeout: Duration::from_secs(20),
             read_timeout: Duration::from_secs(150),
             min_speed: 1000,
@@ -280,6 +289,9 @@ fn over_http(
             unchanged: true,
         });
     }
+    let lacks = |lack| error::from_lack(&request.url.to_string(), request.directory, lack);
+    let limits = &request.limits;
+    let space = Space::open(request.directory, limits.max_disk, limits.keep_free).map_err(lacks)?;
     let layout = Layout::create(request.directory)?;
     let Some(id) = wanted.id else {
         layout.set_head(&wanted)?;
@@ -296,7 +308,14 @@ fn over_http(
     watch.server_may_think();
     let answer = conversation.request_pack(&greeting, id, depth)?;
     let shallow = answer.shallow.clone();
-    let indexed = store(request, &conversation, answer, &layout, watch, steps)?;
+    let indexed = store(
+        request,
+        &conversation,
+        answer,
+        (&layout, &space),
+        watch,
+        steps,
+    )?;
     let index = layout.admit(indexed.checksum)?;
     require(&conversation, &index, &wanted)?;
     if !shallow.is_empty() {
@@ -318,7 +337,7 @@ fn store(
     request: &Request<'_>,
     conversation: &Conversation<'_>,
     answer: PackAnswer,
-    layout: &Layout,
+    (layout, space): (&Layout, &Space),
     watch: &Arc<Watch>,
     steps: &Steps,
 ) -> Result<Indexed, Error> {
@@ -342,7 +361,7 @@ fn store(
                         conversation,
                         answer.packets,
                         watch,
-                        (file, pack_path),
+                        (file, pack_path, space),
                         &sender,
                     )
                 })
@@ -351,6 +370,7 @@ fn store(
         let indexed = pack::index(
             chunks,
             &limits,
+            space,
             (&pack_path, &index_path),
             request.limits.threads,
             steps,
@@ -379,6 +399,7 @@ fn store(
                 limit,
                 allowed,
             }),
+            Err(Fault::Space(lack)) => Err(error::from_lack(&url(), request.directory, lack)),
             Err(Fault::Damaged(doing, detail)) => Err(Error::Pack {
                 url: url(),
                 doing,

@@ -25,6 +25,7 @@ use gix::zlib::{Decompress, FlushDecompress, Status};
 use super::error::{Doing, Limit};
 use super::progress::{Resolving, Steps};
 use super::receive::TRAILER;
+use super::space::{Lack, Space};
 
 /// Base-by-name deltas are not asked for; a few are survived, a chain that overflows a counter is not.
 const MAX_REF_DELTAS: u32 = 50_000;
@@ -48,6 +49,8 @@ pub(super) enum Fault {
     Ended,
     /// A limit.
     TooLarge(Limit, u64),
+    /// No room on the disk.
+    Space(Lack),
     /// The bytes make no pack.
     Damaged(Doing, String),
     /// The disk.
@@ -67,6 +70,7 @@ pub(super) struct Indexed {
 pub(super) fn index(
     chunks: Receiver<Vec<u8>>,
     limits: &PackLimits,
+    space: &Space,
     (pack_path, index_path): (&Path, &Path),
     threads: Option<usize>,
     steps: &Steps,
@@ -74,6 +78,9 @@ pub(super) fn index(
 ) -> Result<Indexed, Fault> {
     let fault = Rc::new(RefCell::new(None));
     let mut entries = Entries::new(chunks, limits.clone(), steps, Rc::clone(&fault))?;
+    space
+        .plan_index(u64::from(entries.left))
+        .map_err(Fault::Space)?;
     let disk = |doing, path: &Path| {
         let path = path.to_owned();
         move |source| Fault::Disk(doing, path, source)

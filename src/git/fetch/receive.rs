@@ -10,8 +10,9 @@ use std::path::Path;
 use std::sync::mpsc::SyncSender;
 
 use super::conversation::Conversation;
-use super::error::{Doing, Error};
+use super::error::{Doing, Error, from_lack};
 use super::pktline::{Packet, Packets};
+use super::space::Space;
 use crate::git::http::Response;
 use crate::git::http::watch::Watch;
 
@@ -30,7 +31,7 @@ pub(super) fn receive(
     conversation: &Conversation<'_>,
     mut packets: Packets<BufReader<Response>>,
     watch: &Watch,
-    (mut file, path): (&File, &Path),
+    (mut file, path, space): (&File, &Path, &Space),
     chunks: &SyncSender<Vec<u8>>,
 ) -> Result<(), Error> {
     let mut checksum = Checksum::new();
@@ -64,6 +65,9 @@ pub(super) fn receive(
             break;
         }
         checksum.update(&chunk);
+        space
+            .admit(chunk.len() as u64)
+            .map_err(|lack| from_lack(conversation.url(), path, lack))?;
         file.write_all(&chunk).map_err(|source| Error::Disk {
             doing: "writing the pack to",
             path: path.to_owned(),

@@ -74,7 +74,9 @@ pub enum Error {
     #[error("no answer while {0} for {1:?}")]
     Timeout(&'static str, Duration),
     /// The certificate or the TLS handshake.
-    #[error("no secure connection: {0}; check the server's certificate")]
+    #[error(
+        "no secure connection: {0}; check the server's certificate, or name its authority in REPO_CA_FILE"
+    )]
     Tls(String),
     /// The connection ended too early.
     #[error("the connection was cut ({0})")]

@@ -4,7 +4,7 @@
 //! changed when flag `n + 1` is set. All flags are zero between calls; only those of the hunks found are cleared,
 //! so a small change in a large text costs nothing per line.
 
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::discard::Discard;
 use super::myers::Myers;
@@ -71,6 +71,12 @@ impl Differ {
                 &mut self.changed_a[1..],
                 &mut self.changed_b[1..],
             );
+            // Nothing to undo but the flags, as after the search.
+            if interrupt.load(Ordering::Relaxed) {
+                self.changed_a.fill(0);
+                self.changed_b.fill(0);
+                return Err(Error::Interrupted);
+            }
             let kept = self.discard.kept();
             let (changed_a, changed_b) = (&mut self.changed_a[1..], &mut self.changed_b[1..]);
             if let Err(error) = self.myers.run(kept, changed_a, changed_b, interrupt) {
@@ -84,14 +90,21 @@ impl Differ {
             text: a,
             count: a_count,
             flags: &mut self.changed_a,
+            interrupt,
         };
         let mut b_side = Side {
             text: b,
             count: b_count,
             flags: &mut self.changed_b,
+            interrupt,
         };
         slide(&mut a_side, &b_side, head);
         slide(&mut b_side, &a_side, head);
+        if interrupt.load(Ordering::Relaxed) {
+            self.changed_a.fill(0);
+            self.changed_b.fill(0);
+            return Err(Error::Interrupted);
+        }
 
         self.collect(a_count, b_count, hunks);
         for hunk in hunks.iter() {

@@ -10,6 +10,8 @@
 //! | script | divide and conquer over what is kept, with limits that give up optimality in large changes | `myers` |
 //! | slide | groups of changed lines that could stand elsewhere go where a reader expects them | `slide` |
 //!
+//! `guess` tells, for a commit that shall not count, which line of the parent each changed line was.
+//!
 //! `differ` leads a pair of texts through them with scratch memory that is allocated once.
 //!
 //! The rules are those of git's default diff (Myers, indent heuristic) with no context lines, as blame calls it;
@@ -18,12 +20,14 @@
 
 mod differ;
 mod discard;
+mod guess;
 mod lines;
 mod myers;
 mod slide;
 mod trim;
 
 pub use differ::Differ;
+pub use guess::guess;
 pub use lines::{Lines, Whitespace};
 
 /// A text with its tokens; `lines` must have been made of `bytes`.

@@ -12,6 +12,8 @@
 //! side, either of which may be empty.
 
 use std::cmp::Ordering;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
 
 use super::Text;
 use super::lines::is_blank;
@@ -20,6 +22,8 @@ use super::lines::is_blank;
 const MOST_PLACES: usize = 100;
 /// Indentation beyond this is taken for this.
 const DEEPEST: i32 = 200;
+/// Bytes looked at between two looks at the flag.
+const LONG_LINE: usize = 1 << 16;
 /// This many blank lines in a row are as good as the border of a block.
 const MOST_BLANKS: i32 = 20;
 
@@ -29,6 +33,8 @@ pub(super) struct Side<'a> {
     /// Lines that take part, the common tail left out.
     pub(super) count: usize,
     pub(super) flags: &'a mut [u8],
+    /// When it is set, the groups are left wherever they are.
+    pub(super) interrupt: &'a AtomicBool,
 }
 
 /// Changed lines `start..end` between two unchanged lines; often empty.
@@ -45,7 +51,7 @@ pub(super) fn slide(own: &mut Side<'_>, other: &Side<'_>, head: usize) {
     let head = memchr::memchr(1, &other.flags[1..=head]).unwrap_or(head);
     let mut group = own.group_from(head);
     let mut partner = other.group_from(head);
-    loop {
+    while !own.is_interrupted() {
         if group.is_empty() {
             let Some(distance) = memchr::memchr(1, &own.flags[group.end + 1..=own.count]) else {
                 return;
@@ -71,12 +77,12 @@ fn place(own: &mut Side<'_>, other: &Side<'_>, group: &mut Group, partner: &mut 
     // A group that has joined another one may reach further, so both ends are looked for again.
     loop {
         let length = group.len();
-        while own.move_up(group) {
+        while !own.is_interrupted() && own.move_up(group) {
             *partner = other.previous(*partner);
         }
         highest_end = group.end;
         beside_change = !partner.is_empty();
-        while own.move_down(group) {
+        while !own.is_interrupted() && own.move_down(group) {
             let Some(after) = other.next(*partner) else {
                 break;
             };
@@ -92,7 +98,7 @@ fn place(own: &mut Side<'_>, other: &Side<'_>, group: &mut Group, partner: &mut 
         return;
     }
     if beside_change {
-        while partner.is_empty() && own.move_up(group) {
+        while partner.is_empty() && !own.is_interrupted() && own.move_up(group) {
             *partner = other.previous(*partner);
         }
     } else {
@@ -114,6 +120,10 @@ impl Group {
 }
 
 impl Side<'_> {
+    fn is_interrupted(&self) -> bool {
+        self.interrupt.load(Relaxed)
+    }
+
     fn changed(&self, line: usize) -> bool {
         self.flags[line + 1] != 0
     }
@@ -194,7 +204,11 @@ impl Side<'_> {
     /// How deep a line is indented, TAB going to multiples of 8; nothing for a blank line.
     fn indent(&self, line: usize) -> Option<i32> {
         let mut indent = 0;
-        for &byte in &self.text.bytes[self.text.lines.range(line as u32)] {
+        for (place, &byte) in (0..).zip(&self.text.bytes[self.text.lines.range(line as u32)]) {
+            // A line may be nothing but carriage returns.
+            if place % LONG_LINE == LONG_LINE - 1 && self.is_interrupted() {
+                return None;
+            }
             match byte {
                 b' ' => indent += 1,
                 b'\t' => indent += 8 - indent % 8,

@@ -5,6 +5,11 @@
 //! and length (three) follow, absent ones are zero, length zero means 65,536. Any other
 //! opcode but zero is a number of literal bytes that follow.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Bytes made between two looks at the flag.
+const STEP: usize = 1 << 20;
+
 /// The sizes of base and result, and how many bytes of the delta they take.
 pub(super) fn sizes(delta: &[u8]) -> Option<(u64, u64, usize)> {
     let (base, first) = size(delta)?;
@@ -26,7 +31,11 @@ fn size(bytes: &[u8]) -> Option<(u64, usize)> {
 /// Applies `delta` to `base`; `Err` says what is wrong with it.
 ///
 /// The caller has checked that the result's size is bearable.
-pub(super) fn apply(base: &[u8], delta: &[u8]) -> Result<Vec<u8>, &'static str> {
+pub(super) fn apply(
+    base: &[u8],
+    delta: &[u8],
+    interrupt: &AtomicBool,
+) -> Result<Vec<u8>, &'static str> {
     let (base_size, result_size, header) = sizes(delta).ok_or("its delta has no sizes")?;
     if base_size != base.len() as u64 {
         return Err("its delta was made for a base of another size");
@@ -34,6 +43,7 @@ pub(super) fn apply(base: &[u8], delta: &[u8]) -> Result<Vec<u8>, &'static str> 
     let result_size = result_size as usize;
     let mut result = Vec::with_capacity(result_size);
     let mut rest = &delta[header..];
+    let mut next_look = STEP;
     while let Some((&opcode, after)) = rest.split_first() {
         rest = after;
         let piece = if opcode & 0x80 != 0 {
@@ -67,6 +77,13 @@ pub(super) fn apply(base: &[u8], delta: &[u8]) -> Result<Vec<u8>, &'static str> 
             return Err("its delta makes more bytes than it says");
         }
         result.extend_from_slice(piece);
+        if result.len() >= next_look {
+            next_look = result.len() + STEP;
+            if interrupt.load(Ordering::Relaxed) {
+                // Whoever reads on looks at the flag before anything else.
+                return Err("it was not read to its end");
+            }
+        }
     }
     if result.len() != result_size {
         return Err("its delta makes fewer bytes than it says");
@@ -77,6 +94,10 @@ pub(super) fn apply(base: &[u8], delta: &[u8]) -> Result<Vec<u8>, &'static str> 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn apply(base: &[u8], delta: &[u8]) -> Result<Vec<u8>, &'static str> {
+        super::apply(base, delta, &AtomicBool::new(false))
+    }
 
     #[test]
     fn copies_and_literals_make_the_result() {

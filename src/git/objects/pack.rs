@@ -223,18 +223,18 @@ impl Pack {
                 _ => low + (high - low) / 2,
             };
             // The first guess is off by the square root of the span or so: look close by.
-            match self.name(middle).cmp(&oid.as_bytes()[..]) {
+            match self.compare(middle, oid) {
                 std::cmp::Ordering::Less => {
                     low = middle + 1;
                     let close = low + NEAR;
-                    if guess == 0 && close < high && self.name(close) > &oid.as_bytes()[..] {
+                    if guess == 0 && close < high && self.compare(close, oid).is_gt() {
                         high = close;
                     }
                 }
                 std::cmp::Ordering::Greater => {
                     high = middle;
                     let close = high.saturating_sub(NEAR);
-                    if guess == 0 && close > low && self.name(close) < &oid.as_bytes()[..] {
+                    if guess == 0 && close > low && self.compare(close, oid).is_lt() {
                         low = close;
                     }
                 }
@@ -244,9 +244,14 @@ impl Pack {
         None
     }
 
-    fn name(&self, position: usize) -> &[u8] {
+    /// Compares the name there with another one.
+    fn compare(&self, position: usize, oid: &Oid) -> std::cmp::Ordering {
         let at = NAMES + position * Oid::LEN;
-        &self.index[at..at + Oid::LEN]
+        let name = &self.index[at..at + Oid::LEN];
+        // Nearly always the first bytes decide, and a number is compared without a call.
+        let (ours, theirs) = (first(name), first(oid.as_bytes()));
+        ours.cmp(&theirs)
+            .then_with(|| name.cmp(&oid.as_bytes()[..]))
     }
 
     fn offset(&self, position: usize) -> Option<u64> {
@@ -262,6 +267,10 @@ impl Pack {
             u64::from(number(&self.index, at)) << 32 | u64::from(number(&self.index, at + 4));
         (offset < 1 << 40).then_some(offset)
     }
+}
+
+fn first(name: &[u8]) -> Option<u64> {
+    name.first_chunk().map(|bytes| u64::from_be_bytes(*bytes))
 }
 
 /// The big-endian number there; the caller knows that it is inside.

@@ -20,6 +20,15 @@ const LONGEST_CHAIN: usize = 4_096;
 /// Deltas up to this size are inflated whole to learn the size of their result.
 const SMALL_DELTA: u64 = 64 * 1024;
 
+/// Places remembered by a reader.
+const PLACES: usize = 1 << 12;
+
+/// Larger objects are inflated in steps.
+const LARGE: usize = 8 << 20;
+
+/// Bytes inflated between two looks at the flag.
+const STEP: usize = 1 << 20;
+
 /// What an object may weigh.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
@@ -78,6 +87,8 @@ pub struct Reader<'a> {
     packs: &'a Packs,
     loose: Option<git2::Odb<'static>>,
     last_pack: u32,
+    /// Where objects lie that were looked up lately, by some bits of their names.
+    places: Vec<(Oid, Option<Place>)>,
     blobs: Cache<u64, Rc<Object>>,
     trees: Cache<u64, Rc<Object>>,
     /// What libgit2 had to read.
@@ -109,6 +120,7 @@ impl<'a> Reader<'a> {
             packs: repository.packs(),
             loose: None,
             last_pack: 0,
+            places: vec![(Oid::new([0; 20]), None); PLACES],
             blobs: Cache::new(cache_bytes / 8 * 5),
             trees: Cache::new(cache_bytes / 4),
             others: Cache::new(cache_bytes / 8),
@@ -139,7 +151,7 @@ impl<'a> Reader<'a> {
     /// The size of a blob, without making it if that can be avoided.
     pub fn blob_size(&mut self, oid: Oid) -> Result<u64, Error> {
         self.check_interrupt()?;
-        let Some(place) = self.packs.find(&oid, &mut self.last_pack) else {
+        let Some(place) = self.place(oid) else {
             if let Some(object) = self.others.get(oid, weight) {
                 return Ok(object.bytes.len() as u64);
             }
@@ -162,7 +174,13 @@ impl<'a> Reader<'a> {
             _ if entry.size <= SMALL_DELTA => {
                 self.scratch.clear();
                 self.scratch.resize(entry.size as usize, 0);
-                inflate(&mut self.inflater, entry.deflated, &mut self.scratch).map_err(corrupt)?;
+                inflate(
+                    &mut self.inflater,
+                    entry.deflated,
+                    &mut self.scratch,
+                    self.interrupt,
+                )
+                .map_err(|reason| self.unless_interrupted(corrupt(reason)))?;
                 self.counters.inflated_bytes += entry.size;
                 delta::sizes(&self.scratch)
                     .map(|(_, size, _)| size)
@@ -200,12 +218,34 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
+    /// Work that was ended by the flag looks like an error.
+    fn unless_interrupted(&self, error: Error) -> Error {
+        match self.check_interrupt() {
+            Err(interrupted) => interrupted,
+            Ok(()) => error,
+        }
+    }
+
     fn object(&mut self, oid: Oid, kind: Kind) -> Result<Rc<Object>, Error> {
         self.counters.asked += 1;
-        match self.packs.find(&oid, &mut self.last_pack) {
+        match self.place(oid) {
             Some(place) => self.packed(oid, place, kind),
             None => self.unpacked(oid, kind),
         }
+    }
+
+    /// Looks an object up in the packs; the trees of neighbouring commits are asked for again and again.
+    fn place(&mut self, oid: Oid) -> Option<Place> {
+        let [.., high, low] = *oid.as_bytes();
+        let slot = usize::from(u16::from_be_bytes([high, low])) % PLACES;
+        if let (known, Some(place)) = self.places[slot]
+            && known == oid
+        {
+            return Some(place);
+        }
+        let place = self.packs.find(&oid, &mut self.last_pack)?;
+        self.places[slot] = (oid, Some(place));
+        Some(place)
     }
 
     /// Follows the chain of deltas down to something known, then applies them upwards.
@@ -225,7 +265,7 @@ impl<'a> Reader<'a> {
         chain: &mut Vec<Place>,
     ) -> Result<Rc<Object>, Error> {
         let mut object = loop {
-            match self.step(oid, place, kind)? {
+            match self.step(oid, place, kind, !chain.is_empty())? {
                 Found::Object(object) => break object,
                 Found::Place(base) => {
                     chain.push(place);
@@ -246,7 +286,7 @@ impl<'a> Reader<'a> {
         Ok(object)
     }
 
-    fn step(&mut self, oid: Oid, place: Place, kind: Kind) -> Result<Found, Error> {
+    fn step(&mut self, oid: Oid, place: Place, kind: Kind, is_base: bool) -> Result<Found, Error> {
         if let Some(object) = self.cache(kind).get(place.key(), weight) {
             return Ok(Found::Object(object));
         }
@@ -259,13 +299,25 @@ impl<'a> Reader<'a> {
             Storage::Whole(stored) if stored == kind => {
                 self.check_size(oid, kind, entry.size)?;
                 let mut bytes = vec![0; entry.size as usize];
-                inflate(&mut self.inflater, entry.deflated, &mut bytes).map_err(corrupt)?;
+                inflate(
+                    &mut self.inflater,
+                    entry.deflated,
+                    &mut bytes,
+                    self.interrupt,
+                )
+                .map_err(|reason| self.unless_interrupted(corrupt(reason)))?;
                 self.counters.inflated_bytes += entry.size;
+                if kind == Kind::Commit && !is_base {
+                    // Nobody asks for a commit twice.
+                    self.counters.made += 1;
+                    self.counters.made_bytes += entry.size;
+                    return Ok(Found::Object(Object::new(bytes)));
+                }
                 Ok(Found::Object(self.keep(place, kind, bytes)))
             }
             Storage::Whole(stored) => Err(corrupt(&wrong_kind(stored, kind))),
             Storage::OffsetDelta(base) => Ok(Found::Place(base)),
-            Storage::NameDelta(base) => match self.packs.find(&base, &mut self.last_pack) {
+            Storage::NameDelta(base) => match self.place(base) {
                 Some(place) => Ok(Found::Place(place)),
                 None => self.unpacked(base, kind).map(Found::Object),
             },
@@ -287,12 +339,19 @@ impl<'a> Reader<'a> {
         self.check_size(oid, kind, entry.size)?;
         self.scratch.clear();
         self.scratch.resize(entry.size as usize, 0);
-        inflate(&mut self.inflater, entry.deflated, &mut self.scratch).map_err(corrupt)?;
+        inflate(
+            &mut self.inflater,
+            entry.deflated,
+            &mut self.scratch,
+            self.interrupt,
+        )
+        .map_err(|reason| self.unless_interrupted(corrupt(reason)))?;
         self.counters.inflated_bytes += entry.size;
         let (_, size, _) =
             delta::sizes(&self.scratch).ok_or_else(|| corrupt("its delta has no sizes"))?;
         self.check_size(oid, kind, size)?;
-        let bytes = delta::apply(&base.bytes, &self.scratch).map_err(corrupt)?;
+        let bytes = delta::apply(&base.bytes, &self.scratch, self.interrupt)
+            .map_err(|reason| self.unless_interrupted(corrupt(reason)))?;
         Ok(self.keep(place, kind, bytes))
     }
 
@@ -388,13 +447,93 @@ fn wrong_kind(stored: Kind, wanted: Kind) -> String {
     format!("it is a {}, not a {}", stored.word(), wanted.word())
 }
 
-fn inflate(inflater: &mut Decompressor, from: &[u8], to: &mut [u8]) -> Result<(), &'static str> {
-    match inflater.zlib_decompress(from, to) {
-        Ok(size) if size == to.len() => Ok(()),
-        Ok(_) => Err("its deflated bytes hold less than its pack says"),
-        Err(libdeflater::DecompressionError::BadData) => Err("its deflated bytes are damaged"),
-        Err(libdeflater::DecompressionError::InsufficientSpace) => {
-            Err("its deflated bytes hold more than its pack says")
+/// Fills `to`; large objects are inflated in steps, with a look at the flag between them.
+fn inflate(
+    inflater: &mut Decompressor,
+    from: &[u8],
+    to: &mut [u8],
+    interrupt: &AtomicBool,
+) -> Result<(), &'static str> {
+    const LESS: &str = "its deflated bytes hold less than its pack says";
+    const MORE: &str = "its deflated bytes hold more than its pack says";
+    const DAMAGED: &str = "its deflated bytes are damaged";
+    if to.len() <= LARGE {
+        return match inflater.zlib_decompress(from, to) {
+            Ok(size) if size == to.len() => Ok(()),
+            Ok(_) => Err(LESS),
+            Err(libdeflater::DecompressionError::BadData) => Err(DAMAGED),
+            Err(libdeflater::DecompressionError::InsufficientSpace) => Err(MORE),
+        };
+    }
+    let mut stream = flate2::Decompress::new(true);
+    loop {
+        if interrupt.load(Ordering::Relaxed) {
+            // Whoever reads on looks at the flag before anything else.
+            return Err("it was not read to its end");
         }
+        let (read, written) = (stream.total_in() as usize, stream.total_out() as usize);
+        let input = from.get(read..).unwrap_or_default();
+        let room = &mut to[written..];
+        let step = room.len().min(STEP);
+        let mut end = [0];
+        let (output, is_end) = match step {
+            0 => (&mut end[..], true),
+            _ => (&mut room[..step], false),
+        };
+        let status = stream.decompress(input, output, flate2::FlushDecompress::None);
+        let grown = stream.total_out() as usize - written;
+        match status {
+            Ok(_) if is_end && grown > 0 => return Err(MORE),
+            Ok(flate2::Status::StreamEnd) if written + grown == to.len() => return Ok(()),
+            Ok(flate2::Status::StreamEnd) => return Err(LESS),
+            Ok(_) if grown == 0 && stream.total_in() as usize == read => return Err(DAMAGED),
+            Ok(_) => {}
+            Err(_) => return Err(DAMAGED),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    fn deflated(bytes: &[u8]) -> Vec<u8> {
+        let mut encoder = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::fast());
+        encoder.write_all(bytes).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    #[test]
+    fn large_and_small_objects_inflate_to_exactly_what_was_deflated() {
+        let go = AtomicBool::new(false);
+        for size in [0, 1, LARGE, LARGE + 1, LARGE + STEP, LARGE * 2 + 7] {
+            let bytes: Vec<u8> = (0..size).map(|at| (at % 251) as u8).collect();
+            let mut stream = deflated(&bytes);
+            let inflate = |stream: &[u8], size: usize| {
+                let mut out = vec![0; size];
+                inflate(&mut Decompressor::new(), stream, &mut out, &go).map(|()| out)
+            };
+            assert!(inflate(&stream, size).unwrap() == bytes, "{size}");
+            assert!(inflate(&stream, size + 1).is_err(), "{size}");
+            if size > 0 {
+                assert!(inflate(&stream, size - 1).is_err(), "{size}");
+            }
+            let half = &stream[..stream.len() / 2];
+            assert!(inflate(half, size).is_err(), "{size}");
+            // What follows in the pack is not looked at.
+            stream.extend([7; 100]);
+            assert!(inflate(&stream, size).unwrap() == bytes, "{size}");
+        }
+    }
+
+    #[test]
+    fn the_flag_ends_the_inflation_of_a_large_object() {
+        let stream = deflated(&vec![7; LARGE * 2]);
+        let mut out = vec![0; LARGE * 2];
+        let stop = AtomicBool::new(true);
+        assert!(inflate(&mut Decompressor::new(), &stream, &mut out, &stop).is_err());
+        assert!(out.iter().all(|&byte| byte == 0));
     }
 }

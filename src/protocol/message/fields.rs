@@ -12,6 +12,14 @@ pub(super) struct Fields<'a> {
     pub(super) second: Option<&'a Map<String, Value>>,
 }
 
+/// A time as a field has it.
+struct Time {
+    at: Timestamp,
+    /// It is written without an offset, and UTC.
+    naive: bool,
+    text: String,
+}
+
 impl Fields<'_> {
     /// A field that is there and not null.
     pub(super) fn get(&self, name: &str) -> Option<&Value> {
@@ -35,15 +43,18 @@ impl Fields<'_> {
             other => return Err(self.bad("task", other)),
         };
         let (time_limit, soft_time_limit) = self.limits()?;
-        let eta = self.time("eta", "ETA")?.map(|(time, _)| time);
-        let (expires, expires_text) = self.time("expires", "expires")?.unzip();
+        let (eta, expires) = (self.time("eta", "ETA")?, self.time("expires", "expires")?);
+        let is_naive = |time: &Option<Time>| time.as_ref().is_some_and(|time| time.naive);
+        let naive = [is_naive(&eta), is_naive(&expires)];
+        let (expires, expires_text) = expires.map(|time| (time.at, time.text)).unzip();
         Ok(Message {
             id,
             task,
             shadow: self.text("shadow").filter(|name| !name.is_empty()),
-            eta,
+            eta: eta.map(|time| time.at),
             expires,
             expires_text,
+            naive,
             group: self.id("group")?,
             group_index: self.whole("group_index")?,
             retries: self.whole("retries")?.unwrap_or(0),
@@ -134,24 +145,28 @@ impl Fields<'_> {
         }
     }
 
-    /// A time and its text.
-    fn time(&self, name: &str, shown: &str) -> Result<Option<(Timestamp, String)>, Fault> {
+    fn time(&self, name: &str, shown: &str) -> Result<Option<Time>, Fault> {
+        let read = |text: &String| {
+            time::parse_iso_or_naive(text).map(|(at, naive)| {
+                Some(Time {
+                    at,
+                    naive,
+                    text: text.clone(),
+                })
+            })
+        };
         let fault = |value: &Value, reason: &str| {
             let value = saferepr::saferepr(value, 80, 1);
             invalid(&format!("invalid {shown} value {value}: {reason}"))
         };
         match self.get(name) {
             None => Ok(None),
-            Some(value @ Value::String(text)) => match time::parse_iso(text) {
-                Ok(time) => Ok(Some((time, text.clone()))),
-                Err(reason) => Err(fault(value, &reason)),
-            },
+            Some(value @ Value::String(text)) => read(text).map_err(|reason| fault(value, &reason)),
             // msgpack and YAML bodies of protocol 1 may carry the time itself.
             Some(Value::Object(object)) => match json::tagged(object) {
-                Some((_, Value::String(text))) => match time::parse_iso(text) {
-                    Ok(time) => Ok(Some((time, text.clone()))),
-                    Err(reason) => Err(fault(&Value::String(text.clone()), &reason)),
-                },
+                Some((_, Value::String(text))) => {
+                    read(text).map_err(|reason| fault(&Value::String(text.clone()), &reason))
+                }
                 _ => Err(fault(
                     &Value::Object(object.clone()),
                     "object of type 'dict' is no time",

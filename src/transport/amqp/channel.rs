@@ -5,17 +5,15 @@ use std::sync::atomic::Ordering;
 
 use async_trait::async_trait;
 use futures::StreamExt;
-use lapin::options::{
-    BasicCancelOptions, BasicConsumeOptions, QueueDeleteOptions, QueuePurgeOptions,
-};
+use lapin::options::{BasicConsumeOptions, QueueDeleteOptions, QueuePurgeOptions};
 use lapin::types::FieldTable;
 use tokio::sync::{Mutex, mpsc, oneshot};
 
-use super::core::{Consuming, Core, Op, declare_queue, delivery, is_quorum, lock};
+use super::core::{Consuming, Core, Op, declare_queue, delivery, lock};
 use super::error::broken;
 use super::message::short;
 use super::publish::{self, Cast};
-use super::{delayed, settle};
+use super::{consume, delayed};
 use crate::transport::{Channel, Delivery, Error, Incoming, Publication, Queue, QueueStatus, Tag};
 
 /// Deliveries of a subscription that wait to be read.
@@ -25,19 +23,6 @@ const MAILBOX: usize = 256;
 pub(super) struct AmqpChannel {
     core: Arc<Core>,
     inbound: Mutex<mpsc::UnboundedReceiver<Incoming>>,
-    prefetch: Mutex<Prefetch>,
-}
-
-/// The prefetch limit in force.
-///
-/// Classic queues: one limit for the whole channel, which can be changed at any time. Quorum
-/// queues know a limit for each consumer only, fixed when it starts; more is allowed by starting
-/// further consumers of the same queues, and less by cancelling them again.
-#[derive(Default)]
-struct Prefetch {
-    base: u32,
-    announced: bool,
-    further: Vec<(u32, Vec<String>)>,
 }
 
 impl AmqpChannel {
@@ -45,68 +30,26 @@ impl AmqpChannel {
         Self {
             core,
             inbound: Mutex::new(inbound),
-            prefetch: Mutex::default(),
         }
     }
 
-    /// Whether prefetch is limited for each consumer only.
-    fn is_static(&self) -> bool {
-        let shared = &self.core.shared;
-        shared.refuses_global.load(Ordering::Relaxed)
-            || (shared.options.detect_quorum_queues && self.has_quorum())
-    }
-
-    fn has_quorum(&self) -> bool {
-        lock(&self.core.queues)
-            .iter()
-            .any(|(queue, _)| is_quorum(queue))
-    }
-
-    async fn start_consumer(&self, side: &Consuming, queue: &str) -> Result<String, Error> {
-        let tag = self.core.consumer_tag();
-        self.core.consumers().insert(tag.clone(), queue.to_owned());
-        let started = side
-            .channel
-            .basic_consume(
-                short(queue)?,
-                short(&tag)?,
-                BasicConsumeOptions::default(),
-                FieldTable::default(),
-            )
-            .await;
-        let consumer = started.map_err(|error| {
-            let text = error.to_string();
-            if text.contains("global qos") || text.contains("global QoS") {
-                self.core
-                    .shared
-                    .refuses_global
-                    .store(true, Ordering::Relaxed);
-            }
-            broken("consuming a queue", &error)
-        })?;
-        let forwarder = tokio::spawn(forward(
-            self.core.clone(),
-            queue.to_owned(),
-            tag.clone(),
-            consumer,
-        ));
-        lock(&self.core.forwarders).insert(tag.clone(), forwarder);
-        Ok(tag)
-    }
-
-    async fn stop_consumer(&self, side: &Consuming, tag: &str) -> Result<(), Error> {
-        self.core.consumers().remove(tag);
-        let cancelled = side
-            .channel
-            .basic_cancel(short(tag)?, BasicCancelOptions::default())
-            .await;
-        cancelled.map_err(|error| broken("cancelling a consumer", &error))?;
-        // What was under way counts as delivered from here on.
-        let forwarder = lock(&self.core.forwarders).remove(tag);
-        if let Some(forwarder) = forwarder {
-            drop(tokio::time::timeout(self.core.shared.options.request_timeout, forwarder).await);
+    /// Asks the task that owns the consumers, and waits for its answer.
+    async fn order(
+        &self,
+        order: impl FnOnce(oneshot::Sender<Result<(), Error>>) -> Op,
+    ) -> Result<(), Error> {
+        // Also where nothing was consumed before.
+        self.core.consuming().await?;
+        let (done, answer) = oneshot::channel();
+        self.core.push(order(done));
+        tokio::select! {
+            biased;
+            answer = answer => match answer {
+                Ok(answer) => answer,
+                Err(_) => Err(self.core.life.end().await),
+            },
+            error = self.core.life.end() => Err(error),
         }
-        Ok(())
     }
 
     /// Makes the queues that delay messages and lets them reach every queue declared so far.
@@ -141,17 +84,22 @@ impl AmqpChannel {
     }
 
     /// Declares a queue of one's own. A name that is taken (by a connection that is not gone
-    /// yet, or by a queue of an older release with other attributes) is made unique; where the
-    /// server allows no transient queue, it becomes a durable one that expires by itself.
+    /// yet, or by a queue of an older release with other attributes) is made unique; a server
+    /// that refuses transient queues unless they are exclusive ends the connection over it, so
+    /// the next attempt asks for an exclusive one; where that is not allowed either, it becomes a
+    /// durable one that expires by itself.
     async fn declare_own(
         &self,
         side: &Consuming,
         queue: &Queue,
         routing_keys: &[String],
     ) -> Result<Queue, Error> {
+        let mut wanted = queue.clone();
+        wanted.exclusive |=
+            !queue.durable && self.core.shared.refuses_transient.load(Ordering::Relaxed);
         let unique = Queue {
             name: format!("{}.{}", queue.name, uuid::Uuid::new_v4().simple()),
-            ..queue.clone()
+            ..wanted.clone()
         };
         let durable = Queue {
             durable: true,
@@ -159,10 +107,13 @@ impl AmqpChannel {
             ..unique.clone()
         };
         let mut refused = Error::Closed;
-        for candidate in [queue.clone(), unique, durable] {
+        for candidate in [wanted, unique, durable] {
             match declare_queue(&side.line, &candidate, routing_keys).await {
                 Ok(_) => return Ok(candidate),
-                Err(error) if error.is_connection() => return Err(error),
+                Err(error) if error.is_connection() => {
+                    self.core.shared.note_refusal(&error);
+                    return Err(error);
+                }
                 Err(error) => {
                     log::debug!("queue {}: {error}", candidate.name);
                     refused = error;
@@ -178,23 +129,6 @@ impl AmqpChannel {
             return Err(self.core.life.end().await);
         }
         Ok(())
-    }
-}
-
-/// Hands deliveries on until their consumer ends.
-async fn forward(core: Arc<Core>, queue: String, tag: String, mut consumer: lapin::Consumer) {
-    while let Some(delivery) = consumer.next().await {
-        match delivery {
-            Ok(delivery) => core.deliver(&queue, delivery),
-            Err(error) => {
-                core.life.fail(broken("consuming a queue", &error));
-                return;
-            }
-        }
-    }
-    // A consumer that we cancel is forgotten before.
-    if core.consumers().remove(&tag).is_some() && core.life.error().is_none() {
-        core.cancelled(queue);
     }
 }
 
@@ -241,7 +175,7 @@ impl Channel for AmqpChannel {
             }
         }
         lock(&self.core.declared).insert(format!("queue {}", queue.name));
-        if self.has_quorum() {
+        if consume::has_quorum(&self.core) {
             self.delay(side).await;
         }
         Ok(status)
@@ -282,85 +216,21 @@ impl Channel for AmqpChannel {
     }
 
     async fn consume(&self, queue: &Queue) -> Result<(), Error> {
-        let side = self.core.consuming().await?;
-        let prefetch = self.prefetch.lock().await;
-        if self.is_static() {
-            settle::limit(&side.channel, prefetch.base, false).await?;
-        }
-        self.start_consumer(side, &queue.name).await.map(drop)
+        let name = queue.name.clone();
+        self.order(|done| Op::Consume(name, done)).await
     }
 
     async fn cancel(&self, queue: &str) -> Result<(), Error> {
-        let side = self.core.consuming().await?;
-        let tags: Vec<String> = {
-            let consumers = self.core.consumers();
-            let of_queue = consumers.iter().filter(|(_, name)| *name == queue);
-            of_queue.map(|(tag, _)| tag.clone()).collect()
-        };
-        for tag in tags {
-            self.stop_consumer(side, &tag).await?;
-        }
-        Ok(())
+        let name = queue.to_owned();
+        self.order(|done| Op::Cancel(name, done)).await
+    }
+
+    fn limits_globally(&self) -> bool {
+        !consume::is_static(&self.core)
     }
 
     async fn set_prefetch(&self, count: u32) -> Result<(), Error> {
-        let side = self.core.consuming().await?;
-        let mut prefetch = self.prefetch.lock().await;
-        if !self.is_static() {
-            prefetch.base = count;
-            let set = settle::limit(&side.channel, count, true).await;
-            if let Err(Error::Connection { reason, .. }) = &set
-                && reason.starts_with("540")
-            {
-                // Not implemented: the next connection does without.
-                self.core
-                    .shared
-                    .refuses_global
-                    .store(true, Ordering::Relaxed);
-            }
-            return set;
-        }
-        if !prefetch.announced {
-            prefetch.announced = true;
-            log::info!("Global QoS is disabled: each consumer has a prefetch count of its own.");
-        }
-        if self.core.consumers().is_empty() {
-            prefetch.base = count;
-            return settle::limit(&side.channel, count, false).await;
-        }
-        let further: u32 = prefetch.further.iter().map(|(count, _)| count).sum();
-        let mut allowed = prefetch.base + further;
-        if prefetch.base == 0 || count == 0 {
-            return Ok(());
-        }
-        if count > allowed {
-            // Some more than asked for, so that many ETA tasks do not need as many consumers.
-            let more = (count - allowed).max(allowed / 8);
-            settle::limit(&side.channel, more, false).await?;
-            let queues: std::collections::BTreeSet<String> =
-                self.core.consumers().values().cloned().collect();
-            let mut tags = Vec::new();
-            for queue in queues {
-                tags.push(self.start_consumer(side, &queue).await?);
-            }
-            prefetch.further.push((more, tags));
-        }
-        while let Some((last, _)) = prefetch.further.last()
-            && allowed.saturating_sub(*last) >= count
-        {
-            allowed -= last;
-            let tags = prefetch
-                .further
-                .pop()
-                .map(|(_, tags)| tags)
-                .unwrap_or_default();
-            for tag in tags {
-                if self.core.consumers().contains_key(&tag) {
-                    self.stop_consumer(side, &tag).await?;
-                }
-            }
-        }
-        Ok(())
+        self.order(|done| Op::Prefetch(count, done)).await
     }
 
     async fn next(&self) -> Result<Incoming, Error> {

@@ -14,7 +14,10 @@ use lapin::uri::{
 };
 use lapin::{Connection, ConnectionProperties, Event};
 
+use tokio::sync::OnceCell;
+
 use super::error::{broken, explain, failed};
+use super::greeting;
 use super::life::Life;
 use super::options::Options;
 use crate::transport::Error;
@@ -39,6 +42,8 @@ pub(super) struct Connector {
 struct Target {
     url: BrokerUrl,
     tls: OwnedTLSConfig,
+    /// RabbitMQ's major version, once it was asked.
+    version: OnceCell<Option<u32>>,
 }
 
 impl Connector {
@@ -56,6 +61,7 @@ impl Connector {
             targets.push(Target {
                 url: url.clone(),
                 tls,
+                version: OnceCell::new(),
             });
         }
         if targets.is_empty() {
@@ -67,20 +73,36 @@ impl Connector {
         Ok(Self { targets })
     }
 
-    /// Tries each address once, in order; the last error is reported with its address.
+    /// Tries each address once, beginning with the first as kombu does with every new connection;
+    /// the last error is reported with its address.
     pub(super) async fn connect(
         &self,
         options: &Options,
         life: &Life,
     ) -> Result<(usize, Line), Error> {
         let mut last = Error::Closed;
-        for index in 0..self.targets.len() {
+        let mut order: Vec<usize> = (0..self.targets.len()).collect();
+        if options.shuffle {
+            order[1..].sort_by_cached_key(|_| uuid::Uuid::new_v4());
+        }
+        for index in order {
             match self.connect_to(index, options, life).await {
                 Ok(line) => return Ok((index, line)),
                 Err(error) => last = error,
             }
         }
         Err(last)
+    }
+
+    /// Whether a server limits prefetch for a whole channel, as RabbitMQ did up to its third
+    /// version. One that does not say what it is does.
+    pub(super) async fn limits_channels(&self, index: usize, options: &Options) -> bool {
+        let Target { url, tls, version } = &self.targets[index];
+        let ask = || async {
+            let uri = address(url, options).ok()?;
+            greeting::major_version(&uri, tls, options.connect_timeout).await
+        };
+        version.get_or_init(ask).await.is_none_or(|major| major < 4)
     }
 
     /// One more connection to the broker of a known address.
@@ -90,7 +112,7 @@ impl Connector {
         options: &Options,
         life: &Life,
     ) -> Result<Line, Error> {
-        let Target { url, tls } = &self.targets[index];
+        let Target { url, tls, .. } = &self.targets[index];
         let uri = address(url, options)?;
         let name = options.connection_name.as_str();
         let properties = ConnectionProperties::default()
@@ -359,7 +381,7 @@ mod tests {
         assert_eq!(plain.authority.host, "127.0.0.1");
         assert_eq!((plain.authority.port, plain.vhost.as_str()), (5672, "/"));
         assert_eq!(plain.authority.userinfo.username, "guest");
-        assert_eq!(plain.query.heartbeat, Some(120));
+        assert_eq!(plain.query.heartbeat, Some(5));
         let given = uri("amqps://u:p%40w@[::1]/my%2Fhost?heartbeat=7").unwrap();
         assert_eq!(
             (given.authority.host.as_str(), given.authority.port),

@@ -32,6 +32,8 @@ pub(super) struct Shared {
     pub(super) current: AtomicU32,
     /// The server refuses a prefetch limit for a whole channel.
     pub(super) refuses_global: AtomicBool,
+    /// The server refuses queues that are neither durable nor exclusive.
+    pub(super) refuses_transient: AtomicBool,
     /// Quorum queues are consumed: the server delays messages.
     pub(super) delays: AtomicBool,
     /// Exchanges declared with their queues: a publication that only knows a name finds the
@@ -39,11 +41,31 @@ pub(super) struct Shared {
     pub(super) exchanges: Mutex<HashMap<String, Exchange>>,
 }
 
+impl Shared {
+    /// Remembers what RabbitMQ 4 no longer does, which it says by ending the connection: the next
+    /// one asks otherwise.
+    pub(super) fn note_refusal(&self, error: &Error) {
+        let Error::Connection { reason, .. } = error else {
+            return;
+        };
+        let text = reason.to_ascii_lowercase();
+        if text.contains("global_qos") || text.contains("global qos") || text.starts_with("540") {
+            self.refuses_global.store(true, Ordering::Relaxed);
+        }
+        if text.contains("transient_nonexcl_queues") {
+            self.refuses_transient.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
 /// What is to be said on the channel of the task consumers, in order.
 pub(super) enum Op {
     Ack(u64),
     Reject(u64, bool),
     Quarantine(u64, Box<Held>, String),
+    Consume(String, oneshot::Sender<Result<(), Error>>),
+    Cancel(String, oneshot::Sender<Result<(), Error>>),
+    Prefetch(u32, oneshot::Sender<Result<(), Error>>),
     /// Answered when everything before it has reached the broker.
     Flush(oneshot::Sender<()>),
 }
@@ -158,6 +180,18 @@ impl Core {
             Ok(Consuming { line, channel })
         };
         self.consuming.get_or_try_init(open).await
+    }
+
+    /// Finds out whether the server limits prefetch for a whole channel.
+    pub(super) async fn ask_for_limits(&self) {
+        let shared = &self.shared;
+        if !shared
+            .connector
+            .limits_channels(self.index, &shared.options)
+            .await
+        {
+            shared.refuses_global.store(true, Ordering::Relaxed);
+        }
     }
 
     /// The side that consumes, if it was needed so far.

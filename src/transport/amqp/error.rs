@@ -7,15 +7,22 @@ use lapin::ErrorKind;
 
 use crate::transport::Error;
 
-/// AMQP's reply codes that mean "not like this" while the connection stays good. 404 is not
-/// among them: a queue whose node is down is not found for a while.
+/// AMQP's reply codes that mean "not like this" while the connection stays good. 404 is among
+/// them only where it means that there is no such thing ([`MISSING`]): a queue whose node is down
+/// is not found for a while.
 const REFUSALS: [u16; 3] = [403, 405, 406];
+const NOT_FOUND: u16 = 404;
+const MISSING: &str = "NOT_FOUND - no ";
 
 /// A fault of an operation.
 pub(super) fn failed(operation: &'static str, error: &lapin::Error) -> Error {
     let reason = explain(error);
     match error.kind() {
-        ErrorKind::ProtocolError(error) if REFUSALS.contains(&error.get_id()) => {
+        ErrorKind::ProtocolError(error)
+            if REFUSALS.contains(&error.get_id())
+                || (error.get_id() == NOT_FOUND
+                    && error.get_message().as_str().starts_with(MISSING)) =>
+        {
             Error::Refused { operation, reason }
         }
         _ => Error::Connection { operation, reason },
@@ -92,8 +99,16 @@ mod tests {
             "inequivalent arg 'durable'",
         );
         assert!(!failed("declaring", &refused).is_connection());
-        let missing = soft(AMQPSoftError::NOTFOUND, "home node is down");
-        assert!(failed("declaring", &missing).is_connection());
+        let missing = soft(
+            AMQPSoftError::NOTFOUND,
+            "NOT_FOUND - no queue 'q' in vhost '/'",
+        );
+        assert!(!failed("purging", &missing).is_connection());
+        let away = soft(
+            AMQPSoftError::NOTFOUND,
+            "NOT_FOUND - home node 'rabbit@b' of durable queue 'q' is down or inaccessible",
+        );
+        assert!(failed("declaring", &away).is_connection());
         let forced = AMQPError::new(AMQPHardError::CONNECTIONFORCED.into(), "shutdown".into());
         let forced = ErrorKind::ProtocolError(forced).into();
         assert!(failed("declaring", &forced).is_connection());

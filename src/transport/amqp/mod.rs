@@ -2,8 +2,8 @@
 //!
 //! Read in this order: `options`, `connect` (addresses, one TCP connection), `life` (how a
 //! channel ends), `core` (what a channel's tasks share, declarations), `message` (tables and
-//! properties), `settle` (acknowledgements, in order), `publish`, `delayed` (ETA for quorum
-//! queues), `channel` (the words), `error`.
+//! properties), `settle` (acknowledgements, in order), `consume` (queues and prefetch), `greeting` (the server's version),
+//! `publish`, `delayed` (ETA for quorum queues), `channel` (the words), `error`.
 //!
 //! ```text
 //!  next() ◀── inbound ◀── one consumer per queue ◀──┐
@@ -38,9 +38,11 @@ use super::{Channel, Error, Transport};
 
 mod channel;
 mod connect;
+mod consume;
 mod core;
 mod delayed;
 mod error;
+mod greeting;
 mod life;
 mod message;
 mod options;
@@ -67,6 +69,7 @@ impl AmqpTransport {
             options,
             current: AtomicU32::new(0),
             refuses_global: AtomicBool::new(false),
+            refuses_transient: AtomicBool::new(false),
             delays: AtomicBool::new(false),
             exchanges: std::sync::Mutex::default(),
         };

@@ -34,12 +34,29 @@ pub(super) enum Cast {
 /// Publishes and waits for the broker's confirmation.
 pub(super) async fn publish(core: &Arc<Core>, publication: Publication) -> Result<(), Error> {
     let publication = routed(core, publication);
-    prepare(core, &publication).await?;
-    confirmed(core, &publication).await
+    let is_task = publication.envelope.headers.contains_key("task");
+    for _ in 0..2 {
+        prepare(core, &publication).await?;
+        if confirmed(core, &publication, is_task).await? {
+            return Ok(());
+        }
+        // Its queue was deleted since we declared it.
+        lock(&core.declared).clear();
+    }
+    log::warn!(
+        "A message for {} was dropped by RabbitMQ: no queue is bound there",
+        place(&publication)
+    );
+    Ok(())
 }
 
-/// Publishes to where everything is declared.
-pub(super) async fn confirmed(core: &Arc<Core>, publication: &Publication) -> Result<(), Error> {
+/// Publishes to where everything is declared. False: the broker gave the message back, because
+/// it reached no queue, which is asked for with `mandatory`.
+pub(super) async fn confirmed(
+    core: &Arc<Core>,
+    publication: &Publication,
+    mandatory: bool,
+) -> Result<bool, Error> {
     let line = core.publishing().await?;
     let known = lock(&core.confirming)
         .clone()
@@ -56,7 +73,7 @@ pub(super) async fn confirmed(core: &Arc<Core>, publication: &Publication) -> Re
             channel
         }
     };
-    let confirmation = match send(&channel, publication).await? {
+    let confirmation = match send(&channel, publication, mandatory).await? {
         Ok(confirm) => confirm.await,
         Err(error) => Err(error),
     };
@@ -69,7 +86,8 @@ pub(super) async fn confirmed(core: &Arc<Core>, publication: &Publication) -> Re
                 place(publication)
             ),
         }),
-        Ok(_) => Ok(()),
+        Ok(Confirmation::Ack(Some(_))) => Ok(false),
+        Ok(_) => Ok(true),
         Err(error) => {
             // Perhaps an exchange was deleted meanwhile: the next attempt declares it again.
             lock(&core.declared).clear();
@@ -82,12 +100,16 @@ pub(super) async fn confirmed(core: &Arc<Core>, publication: &Publication) -> Re
 async fn send(
     channel: &lapin::Channel,
     publication: &Publication,
+    mandatory: bool,
 ) -> Result<lapin::Result<lapin::PublisherConfirm>, Error> {
     let exchange = short(&publication.exchange.name)?;
     let routing_key = short(&publication.routing_key)?;
     let properties = properties(&publication.envelope)?;
     let body = &publication.envelope.body;
-    let options = BasicPublishOptions::default();
+    let options = BasicPublishOptions {
+        mandatory,
+        ..BasicPublishOptions::default()
+    };
     Ok(channel
         .basic_publish(exchange, routing_key, options, body, properties)
         .await)
@@ -221,7 +243,7 @@ async fn perform(
         Cast::Flush(done) => {
             if let Some(open) = channel.as_ref().filter(|open| open.status().connected()) {
                 // Its answer comes after everything else was read.
-                super::settle::limit(open, 0, false).await?;
+                super::consume::limit(open, 0, false).await?;
             }
             let _ = done.send(());
             Ok(())
@@ -238,7 +260,7 @@ async fn perform(
                     core.publishing().await?.channel().await?
                 }
             };
-            let sent = send(&open, &publication).await?;
+            let sent = send(&open, &publication, false).await?;
             *channel = Some(open);
             sent.map(drop).map_err(|error| broken(PUBLISHING, &error))
         }

@@ -1,14 +1,16 @@
-//! The one that acknowledges: settlements go out in the order in which they were asked for.
+//! The one that speaks on the channel of the task consumers: settlements go out in the order in
+//! which they were asked for, and so do changes of what is consumed.
 
 use std::sync::Arc;
 
 use futures::future::join_all;
-use lapin::options::{BasicAckOptions, BasicQosOptions, BasicRejectOptions, ConfirmSelectOptions};
+use lapin::options::{BasicAckOptions, BasicRejectOptions, ConfirmSelectOptions};
 use serde_json::Value;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-use super::core::{Core, Held, Op};
+use super::consume::Consumption;
+use super::core::{Core, Held, Op, lock};
 use super::error::broken;
 use super::{QUARANTINE, QUARANTINE_MOST};
 use crate::transport::{Error, Exchange, Publication, Queue};
@@ -23,6 +25,7 @@ const SETTLING: &str = "acknowledging";
 pub(super) async fn run(core: Arc<Core>, mut ops: mpsc::UnboundedReceiver<Op>) {
     let mut kept = JoinSet::new();
     let mut batch = Vec::with_capacity(BATCH);
+    let mut consumption = Consumption::default();
     loop {
         let count = tokio::select! {
             biased;
@@ -39,7 +42,7 @@ pub(super) async fn run(core: Arc<Core>, mut ops: mpsc::UnboundedReceiver<Op>) {
         if count == 0 {
             return;
         }
-        if let Err(error) = say(&core, batch.drain(..), &mut kept).await {
+        if let Err(error) = say(&core, batch.drain(..), &mut kept, &mut consumption).await {
             core.life.fail(error);
             return;
         }
@@ -50,6 +53,7 @@ async fn say(
     core: &Arc<Core>,
     ops: impl Iterator<Item = Op>,
     kept: &mut JoinSet<Op>,
+    consumption: &mut Consumption,
 ) -> Result<(), Error> {
     // What is settled was delivered, so the channel is there.
     let Some(side) = core.consuming_now() else {
@@ -68,6 +72,18 @@ async fn say(
             Op::Reject(number, requeue) => settlements.push(settle(channel, number, Some(requeue))),
             Op::Quarantine(number, held, reason) => {
                 kept.spawn(keep(core.clone(), number, held, reason));
+            }
+            Op::Consume(queue, done) => {
+                write(std::mem::take(&mut settlements)).await?;
+                let _ = done.send(consumption.start(core, side, &queue).await);
+            }
+            Op::Cancel(queue, done) => {
+                write(std::mem::take(&mut settlements)).await?;
+                let _ = done.send(consumption.cancel(core, side, &queue).await);
+            }
+            Op::Prefetch(count, done) => {
+                write(std::mem::take(&mut settlements)).await?;
+                let _ = done.send(consumption.limit(core, side, count).await);
             }
             Op::Flush(done) => {
                 write(std::mem::take(&mut settlements)).await?;
@@ -163,13 +179,11 @@ async fn publish(core: &Arc<Core>, held: Held, reason: String) -> Result<(), Err
         routing_key: QUARANTINE.to_owned(),
         envelope,
     };
-    super::publish::confirmed(core, &publication).await
-}
-
-/// Sets the prefetch limit.
-pub(super) async fn limit(channel: &lapin::Channel, count: u32, global: bool) -> Result<(), Error> {
-    // AMQP's count has 16 bits, and 0 means without limit.
-    let count = u16::try_from(count).unwrap_or(0);
-    let answer = channel.basic_qos(count, BasicQosOptions { global }).await;
-    answer.map_err(|error| broken("setting the prefetch count", &error))
+    if !super::publish::confirmed(core, &publication, true).await? {
+        // Somebody deleted it since it was declared.
+        lock(&core.declared).clear();
+        super::publish::ensure_queue(core, &place).await?;
+        super::publish::confirmed(core, &publication, true).await?;
+    }
+    Ok(())
 }

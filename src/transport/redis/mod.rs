@@ -72,6 +72,8 @@ mod reply;
 mod revoked;
 mod script;
 #[cfg(test)]
+pub(crate) mod server;
+#[cfg(test)]
 mod tests;
 mod unacked;
 mod writer;

@@ -1,8 +1,6 @@
 //! The transport against a real redis-server, one private instance per test.
 
-use std::net::TcpListener;
-use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use redis::aio::MultiplexedConnection;
@@ -14,84 +12,10 @@ use super::super::{
     Channel, Delivery, Error, Exchange, ExchangeKind, Incoming, Notes, Publication, Queue,
     Transport,
 };
+use super::server::{DEADLINE, Server};
 use super::{Options, RedisTransport};
 use crate::protocol::envelope::{Envelope, Properties};
 use crate::transport::url::BrokerUrl;
-
-const DEADLINE: Duration = Duration::from_secs(10);
-
-/// A redis-server of one's own on a free port.
-struct Server {
-    child: Child,
-    port: u16,
-}
-
-impl Server {
-    async fn start() -> Self {
-        Self::start_with(&[]).await
-    }
-
-    async fn start_with(arguments: &[&str]) -> Self {
-        let port = TcpListener::bind("127.0.0.1:0")
-            .unwrap()
-            .local_addr()
-            .unwrap()
-            .port();
-        let child = Command::new("redis-server")
-            .args([
-                "--port",
-                &port.to_string(),
-                "--bind",
-                "127.0.0.1",
-                "--save",
-                "",
-            ])
-            .args(arguments)
-            .stdout(Stdio::null())
-            .spawn()
-            .expect("redis-server is needed: apt-get install redis-server");
-        let server = Self { child, port };
-        let started = Instant::now();
-        while tokio::net::TcpStream::connect(("127.0.0.1", port))
-            .await
-            .is_err()
-        {
-            assert!(started.elapsed() < DEADLINE, "redis-server does not start");
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-        server
-    }
-
-    fn transport(&self) -> RedisTransport {
-        self.transport_with(Options::default())
-    }
-
-    fn transport_with(&self, options: Options) -> RedisTransport {
-        let url = BrokerUrl::parse(&format!("redis://127.0.0.1:{}/0", self.port)).unwrap();
-        RedisTransport::new(&[url], options).unwrap()
-    }
-
-    async fn channel(&self) -> Arc<dyn Channel> {
-        self.transport().connect().await.unwrap()
-    }
-
-    /// A plain connection to look at what is there.
-    async fn redis(&self) -> MultiplexedConnection {
-        let url = format!("redis://127.0.0.1:{}/0", self.port);
-        redis::Client::open(url)
-            .unwrap()
-            .get_multiplexed_async_connection()
-            .await
-            .unwrap()
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
 
 fn task(name: &str) -> Envelope {
     Envelope {

@@ -13,12 +13,14 @@ use futures::future::BoxFuture;
 use serde_json::{Map, Value, json};
 
 use super::freeze::{
-    CHAIN_OPTIONS, Call, Freezer, Options, Place, fresh_id, group_of, header_group, is, link,
-    link_error_to_body, strip_header_links, unroll_chords, with_arguments,
+    CHAIN_OPTIONS, Call, Freezer, Options, Place, fresh_id, group_of, header_group, is,
+    unroll_chords, with_arguments,
 };
 use super::invalid;
+use super::links::{link, link_error_to_body, push_link, strip_header_links};
 use super::results::Handle;
 use super::route::send;
+use super::unlock::watch;
 use crate::protocol::arguments::bind;
 use crate::protocol::exception::Exception;
 use crate::protocol::publish::TaskCall;
@@ -92,11 +94,12 @@ pub(super) struct Publisher<'a> {
 
 impl<'a> Publisher<'a> {
     pub(super) fn new(worker: &'a Arc<Worker>, origin: Origin<'a>) -> Self {
-        let chords = if worker.backend.supports_chords() {
+        let backend = &worker.backend;
+        let chords = if backend.supports_chords() || backend.driver() == "database" {
             Ok(())
         } else {
             let text = format!(
-                "The result backend {} cannot join the parts of a chord; use a redis:// backend",
+                "The result backend {} cannot join the parts of a chord; use redis:// or db+postgresql://",
                 worker.backend.driver()
             );
             Err(Exception::builtin("NotImplementedError", text))
@@ -162,13 +165,15 @@ impl<'a> Publisher<'a> {
     ) -> Result<Handle, Exception> {
         let mut signature = with_arguments(signature, given.args, Some(given.kwargs));
         merge(&mut signature, options);
-        let now = chrono::Utc::now().fixed_offset();
+        let now = self.worker.now();
         let mut call =
             TaskCall::from_signature(&signature, &[], fresh_id, &now).map_err(invalid)?;
         // A call of a task that we know is checked here, as Celery checks it: what can only
         // fail is not sent, and the caller is told.
-        if let Some(entry) = self.worker.registry.get(&call.name) {
-            bind(&entry.parameters, &call.args, &call.kwargs).map_err(Exception::type_error)?;
+        if let Some(entry) = self.worker.registry.get(&call.name)
+            && let Some(parameters) = &entry.parameters
+        {
+            bind(parameters, &call.args, &call.kwargs).map_err(Exception::type_error)?;
         }
         if call.root_id.is_none() || call.parent_id.is_none() {
             call.priority = call.priority.or(self.origin.priority);
@@ -329,6 +334,9 @@ impl<'a> Publisher<'a> {
     }
 
     async fn start_chord(&self, id: &str, size: u64) -> Result<(), Exception> {
+        if !self.worker.backend.supports_chords() {
+            return Ok(());
+        }
         let started = self.worker.backend.chord_start(id, size).await;
         started.map_err(|error| {
             Exception::operational(format!("cannot start the chord {id}: {error}"))
@@ -414,9 +422,19 @@ impl<'a> Publisher<'a> {
             options.shift_remove(name);
         }
         for (name, found) in added {
-            for one in links(found)? {
+            let mut seen: Vec<Signature> = Vec::new();
+            for mut one in links(found)? {
+                if name == "link" && is(&body, "group") {
+                    one.set("immutable", Value::Bool(true));
+                }
+                if seen.contains(&one) {
+                    continue;
+                }
+                seen.push(one.clone());
                 match name {
-                    "link" => link(&mut body, &one)?,
+                    // Python finds no callback that the body came with equal to one it adds
+                    // (a list is no tuple), so what is there twice is called twice.
+                    "link" => link(&mut body, &one, push_link)?,
                     _ => link_error_to_body(&mut body, &one, true)?,
                 }
             }
@@ -464,6 +482,11 @@ impl<'a> Publisher<'a> {
                 saved.map_err(|error| {
                     Exception::operational(format!("cannot save the group {id}: {error}"))
                 })?;
+            }
+            if !self.worker.backend.supports_chords() {
+                let mut tuple = self.freezer.results.tuple(header_result);
+                let parts = tuple.get_mut(1).map(Value::take).unwrap_or_default();
+                watch(self.worker, self.origin, &id, &body, parts).await?;
             }
             options.shift_remove("chain");
             options.insert("chord".to_owned(), body.into_value());

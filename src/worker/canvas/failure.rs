@@ -35,7 +35,7 @@ pub(in crate::worker) async fn errbacks(worker: &Arc<Worker>, request: &Request)
         errbacks.unwrap_or_default().to_vec(),
         &mut children,
     );
-    if let Err(error) = called.await {
+    if let Err(error) = Box::pin(called).await {
         log::error!(
             "Cannot call the errbacks of {}: {}",
             request.label(),
@@ -83,7 +83,8 @@ pub(in crate::worker) async fn fail_chain(
         return;
     };
     let steps = request.message.embed.chain.clone().unwrap_or_default();
-    fail_steps(worker, Origin::of(request), steps, exception, store).await;
+    let failed = fail_steps(worker, Origin::of(request), steps, exception, store);
+    Box::pin(failed).await;
 }
 
 /// Later steps of a failed chain: their own ids, their chords, and the bodies of chord steps,
@@ -107,7 +108,7 @@ async fn fail_steps(
         if let Some(id) = id
             && store
         {
-            let mut meta = failure(id, exception);
+            let mut meta = failure(worker, id, exception);
             meta.group_id = step.option_str("group_id").map(str::to_owned);
             meta.parent_id = step.option_str("parent_id").map(str::to_owned);
             write(worker, &meta, step.option_str("reply_to")).await;
@@ -160,7 +161,7 @@ pub(super) async fn fail_body(
         let errbacks = body.links("link_error").unwrap_or_default();
         let called = call_errbacks(worker, &id, &id, errbacks, &mut children).await;
         let error = called.err().unwrap_or_else(|| error.clone());
-        let mut meta = failure(&id, &error);
+        let mut meta = failure(worker, &id, &error);
         meta.children = Value::Array(children);
         write(worker, &meta, body.option_str("reply_to")).await;
     }
@@ -201,11 +202,11 @@ async fn fail_group(
         if let Err(error) = call_errbacks(worker, &id, &id, errbacks, children).await {
             log::error!("Cannot call the errbacks of {id}: {}", error.repr());
         }
-        let mut meta = failure(&id, cause);
+        let mut meta = failure(worker, &id, cause);
         meta.children = Value::Array(children.clone());
         write(worker, &meta, group.option_str("reply_to")).await;
     }
-    let mut meta = failure(freezer.results.id(result), cause);
+    let mut meta = failure(worker, freezer.results.id(result), cause);
     meta.children = Value::Array(children.clone());
     write(worker, &meta, group.option_str("reply_to")).await;
     revoke(worker, ids);
@@ -249,10 +250,10 @@ fn result_errbacks(signature: &Signature) -> (Option<String>, Vec<Signature>) {
     (current.task_id().map(str::to_owned), errbacks)
 }
 
-fn failure(id: &str, exception: &Exception) -> Meta {
+fn failure(worker: &Worker, id: &str, exception: &Exception) -> Meta {
     let mut meta = Meta::new(id, State::Failure.as_str(), exception.to_value());
     meta.traceback.clone_from(&exception.traceback);
-    meta.date_done = Some(chrono::Utc::now());
+    meta.date_done = Some(worker.now());
     meta
 }
 

@@ -12,6 +12,7 @@ use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
 use super::invalid;
+use super::links::{append_link, link, link_error, strip_header_links};
 use super::results::{Handle, Results};
 use crate::protocol::exception::Exception;
 use crate::protocol::signature::Signature;
@@ -503,7 +504,7 @@ fn unroll_body(chord: &Signature) -> Result<Vec<Signature>, Exception> {
     let mut tasks = body.tasks().map_err(invalid)?;
     for callback in body.links("link").map_err(invalid)? {
         if let Some(last) = tasks.last_mut() {
-            link(last, &callback)?;
+            link(last, &callback, append_link)?;
         }
     }
     for errback in body.links("link_error").map_err(invalid)? {
@@ -543,133 +544,4 @@ pub(super) fn unroll_chords(chain: &mut Signature) -> Result<(), Exception> {
     }
     set_kwarg(chain, "tasks", Value::Array(tasks));
     Ok(())
-}
-
-fn append_link(signature: &mut Signature, option: &str, new: &Signature) -> Result<(), Exception> {
-    let mut links = signature.links(option).map_err(invalid)?;
-    if !links.contains(new) {
-        links.push(new.clone());
-    }
-    let links = links.into_iter().map(Signature::into_value).collect();
-    signature.set_option(option, Value::Array(links));
-    Ok(())
-}
-
-/// Applies a change to every task of a group.
-fn each_task(
-    signature: &mut Signature,
-    change: impl Fn(&mut Signature) -> Result<(), Exception>,
-) -> Result<(), Exception> {
-    let mut tasks = signature.tasks().map_err(invalid)?;
-    tasks.iter_mut().try_for_each(change)?;
-    let tasks = tasks.into_iter().map(Signature::into_value).collect();
-    set_kwarg(signature, "tasks", Value::Array(tasks));
-    Ok(())
-}
-
-fn change_body(
-    signature: &mut Signature,
-    change: impl FnOnce(&mut Signature) -> Result<(), Exception>,
-) -> Result<(), Exception> {
-    if let Some(mut body) = signature.body().map_err(invalid)? {
-        change(&mut body)?;
-        set_kwarg(signature, "body", body.into_value());
-    }
-    Ok(())
-}
-
-/// Adds a callback: to the body of a chord, to the first task of a group (which cannot hand
-/// over what its siblings return, so without arguments), else to the signature.
-pub(super) fn link(signature: &mut Signature, callback: &Signature) -> Result<(), Exception> {
-    if is(signature, "chord") {
-        return change_body(signature, |body| link(body, callback));
-    }
-    if !is(signature, "group") {
-        return append_link(signature, "link", callback);
-    }
-    let mut callback = callback.clone();
-    callback.set("immutable", Value::Bool(true));
-    let mut tasks = signature.tasks().map_err(invalid)?;
-    match tasks.first_mut() {
-        Some(first) => link(first, &callback)?,
-        None => return append_link(signature, "link", &callback),
-    }
-    let tasks = tasks.into_iter().map(Signature::into_value).collect();
-    set_kwarg(signature, "tasks", Value::Array(tasks));
-    Ok(())
-}
-
-/// Adds an errback: to all tasks of a group, to the body of a chord and of the chords in its
-/// header, else to the signature.
-pub(super) fn link_error(signature: &mut Signature, errback: &Signature) -> Result<(), Exception> {
-    if is(signature, "group") {
-        return each_task(signature, |task| link_error(task, errback));
-    }
-    if !is(signature, "chord") {
-        return append_link(signature, "link_error", errback);
-    }
-    let mut header = signature.header().map_err(invalid)?;
-    if header.iter().any(|task| is(task, "chord")) {
-        for task in header.iter_mut().filter(|task| is(task, "chord")) {
-            link_error(task, errback)?;
-        }
-        let header = header.into_iter().map(Signature::into_value).collect();
-        set_kwarg(signature, "header", Value::Array(header));
-    }
-    change_body(signature, |body| link_error(body, errback))
-}
-
-/// Adds the errbacks of a chord to its body. A group for body passes them to its tasks, unless
-/// it has errbacks of its own, which would take their place when it runs.
-pub(super) fn link_error_to_body(
-    body: &mut Signature,
-    errback: &Signature,
-    runs_as_group: bool,
-) -> Result<(), Exception> {
-    match body.subtask_type() {
-        Some("group") if runs_as_group && body.option("link_error").is_some() => {
-            append_link(body, "link_error", errback)
-        }
-        Some("group") => each_task(body, |task| link_error_to_body(task, errback, false)),
-        Some("chord") => change_body(body, |body| link_error_to_body(body, errback, true)),
-        _ => append_link(body, "link_error", errback),
-    }
-}
-
-/// Header tasks get their chord's body when they are sent; a copy that a client froze into
-/// each of them only makes the message large.
-pub(super) fn strip_header_links(signature: &mut Signature) -> Result<(), Exception> {
-    match signature.subtask_type() {
-        Some("chord") => {
-            let mut header = signature.header().map_err(invalid)?;
-            for task in &mut header {
-                clear_chord(task)?;
-                strip_header_links(task)?;
-            }
-            let header = header.into_iter().map(Signature::into_value).collect();
-            set_kwarg(signature, "header", Value::Array(header));
-            change_body(signature, strip_header_links)
-        }
-        Some("group" | "chain") => each_task(signature, strip_header_links),
-        _ => Ok(()),
-    }
-}
-
-fn clear_chord(signature: &mut Signature) -> Result<(), Exception> {
-    signature.take_option("chord");
-    match signature.subtask_type() {
-        Some("group") => each_task(signature, clear_chord),
-        Some("chain") => {
-            let mut tasks = signature.tasks().map_err(invalid)?;
-            let Some(last) = tasks.last_mut() else {
-                return Ok(());
-            };
-            clear_chord(last)?;
-            let tasks = tasks.into_iter().map(Signature::into_value).collect();
-            set_kwarg(signature, "tasks", Value::Array(tasks));
-            Ok(())
-        }
-        Some("chord") => change_body(signature, clear_chord),
-        _ => Ok(()),
-    }
 }

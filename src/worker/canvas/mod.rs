@@ -1,7 +1,7 @@
 //! What follows a task: callbacks, chains, groups, chords, errbacks, retries.
 //!
-//! [`apply`] turns a signature into messages, with the help of [`freeze`] (ids and places) and
-//! [`results`] (what the parts will return); [`chord`] joins parts and tells bodies; [`failure`]
+//! [`apply`] turns a signature into messages, with the help of [`freeze`] (ids and places),
+//! [`links`] (whose callbacks those of a compound become) and [`results`] (what the parts will return); [`chord`] joins parts and tells bodies, [`unlock`] does so where parts are not counted; [`failure`]
 //! tells those who wait for what will never run; [`route`] sends. Answers for `celery.canvas`
 //! as far as a worker performs it, and for the follow-ups of `celery.app.trace`. Everything
 //! published here is published before the result is stored.
@@ -22,14 +22,17 @@ mod chord;
 mod failure;
 mod freeze;
 mod join;
+mod links;
 mod results;
 mod route;
+mod unlock;
 
 use apply::{Given, Origin, Publisher};
 
 pub(in crate::worker) use chord::chord_part;
 pub(in crate::worker) use failure::{errbacks, fail_chain};
 pub use route::routed;
+pub(in crate::worker) use unlock::unlock;
 
 fn invalid(text: String) -> Exception {
     Exception::builtin("ValueError", format!("cannot call the signature: {text}"))
@@ -59,7 +62,8 @@ pub(in crate::worker) async fn follow_ups(
         return Ok(());
     }
     let mut publisher = Publisher::new(worker, Origin::of(request));
-    let outcome = publish_follow_ups(&mut publisher, request, callbacks, chain, value).await;
+    let published = publish_follow_ups(&mut publisher, request, callbacks, chain, value);
+    let outcome = Box::pin(published).await;
     children.append(&mut publisher.children);
     outcome
 }
@@ -110,9 +114,12 @@ pub(in crate::worker) async fn republish(
     request: &Request,
     after: Duration,
 ) -> Result<Vec<Value>, Exception> {
-    let eta = chrono::Utc::now() + chrono::Duration::from_std(after).unwrap_or_default();
-    let mut call = TaskCall::retry_of(&request.message, Some(eta.fixed_offset()));
-    call.origin = worker.origin();
+    let eta = worker.now() + chrono::Duration::from_std(after).unwrap_or_default();
+    let mut call = TaskCall::retry_of(&request.message, Some(eta));
+    // As Celery, which copies what the first sender said of itself.
+    if call.origin.is_empty() {
+        call.origin = worker.origin();
+    }
     if call.queue.is_some() {
         call.queue = Some(request.queue.clone());
     }

@@ -3,10 +3,12 @@
 //! After a reconnect whatever is held has to be proved anew; at the end what waits is handed
 //! back, and what runs keeps a channel for as long as it takes.
 
-use std::sync::Arc;
+use std::collections::HashSet;
+use std::sync::{Arc, Weak};
 
+use super::super::effects::Cancel;
 use super::super::request::{Phase, Request};
-use super::{Consumer, SIGKILL, SLOWEST, connect};
+use super::{Consumer, SIGKILL, SIGTERM, SLOWEST, connect};
 use crate::transport::{Channel, Error, Incoming, Tag};
 
 impl Consumer {
@@ -53,8 +55,84 @@ impl Consumer {
         );
     }
 
+    /// `worker_cancel_long_running_tasks_on_connection_loss`: what runs and cannot be acknowledged
+    /// any more is ended; its message comes again.
+    pub(super) fn cancel_unacknowledged(&self) {
+        if !(self.worker.settings).worker_cancel_long_running_tasks_on_connection_loss {
+            return;
+        }
+        for request in self.worker.state.in_phase(Phase::Active) {
+            if !request.rules.acks_late || request.acknowledged() || request.fenced() {
+                continue;
+            }
+            log::warn!(
+                "Task {} cannot be acknowledged after a connection loss since late                  acknowledgement is enabled for it.\nTerminating it instead.",
+                request.label()
+            );
+            request.cancel(Cancel::ConnectionLoss);
+            self.worker.pool.terminate(request.id(), SIGTERM);
+        }
+    }
+
+    /// `worker_enable_prefetch_count_reduction`: the broker gives what runs to us again, or to
+    /// others, so until it is done less is fetched ahead. Where prefetch is counted for each
+    /// consumer, as on Redis, Celery leaves this out.
+    pub(super) fn reduce_prefetch(&mut self, channel: &dyn Channel) {
+        let settings = &self.worker.settings;
+        if !settings.worker_enable_prefetch_count_reduction {
+            return;
+        }
+        if !channel.limits_globally() {
+            self.overlap.clear();
+            log::info!(
+                "Skipping prefetch count reduction after connection restart because per-consumer \
+                 QoS (apply_global=False) is in effect and broker-side prefetch updates would not \
+                 reach the running consumer."
+            );
+            return;
+        }
+        let active = self.worker.state.in_phase(Phase::Active);
+        let most = self.worker.slots() as u64 * settings.worker_prefetch_multiplier;
+        self.overlap = active.iter().map(Arc::downgrade).collect();
+        for request in &active {
+            request.tell_end();
+        }
+        let reduced = self.base();
+        if reduced < most {
+            log::info!(
+                "Temporarily reducing the prefetch count to {reduced} to avoid over-fetching since \
+                 {} tasks are currently being processed.\nThe prefetch count will be gradually \
+                 restored to {most} as the tasks complete processing.",
+                active.len()
+            );
+        }
+    }
+
+    /// What prefetch starts from.
+    pub(super) fn base(&self) -> u64 {
+        let multiplier = self.worker.settings.worker_prefetch_multiplier;
+        let most = self.worker.slots() as u64 * multiplier;
+        let overlap = self.overlap.len() as u64 * multiplier;
+        most.saturating_sub(overlap).max(multiplier).min(most)
+    }
+
+    pub(super) fn forget_overlap(&mut self) {
+        if self.overlap.is_empty() {
+            return;
+        }
+        let runs = |request: &Weak<Request>| {
+            (request.upgrade()).is_some_and(|request| request.phase() == Phase::Active)
+        };
+        self.overlap.retain(runs);
+        if self.overlap.is_empty() {
+            let most = self.base();
+            log::info!("Prefetch count has been restored to the maximum of {most}");
+        }
+    }
+
     /// Hands what does not run back to its queue, for others to take.
     pub(super) async fn hand_back(&mut self, channel: &Arc<dyn Channel>) {
+        self.worker.state.scheduled.retain(|_| false);
         let held = self.worker.state.held();
         let running = held
             .iter()
@@ -82,11 +160,25 @@ impl Consumer {
     /// where somebody else holds the lease, it is ended without effect.
     async fn reclaim(&mut self, channel: &Arc<dyn Channel>) -> Result<(), Error> {
         let held = self.worker.state.held();
-        let tags: Vec<_> = held.iter().filter_map(|request| request.tag()).collect();
+        let scheduled = &self.worker.state.scheduled;
+        let running = held.iter().filter_map(|request| request.tag());
+        let tags: Vec<_> = running.chain(scheduled.tags()).collect();
         // Also without any: what the earlier channel fetched and never handed out goes back.
-        let kept = channel.adopt(&tags).await?;
+        let kept: HashSet<Tag> = channel.adopt(&tags).await?.into_iter().collect();
+        scheduled.retain(|tag| kept.contains(tag));
         if self.transport.driver() == "amqp" {
             self.worker.state.doubts.found();
+        }
+        let ended = |request: &&Arc<Request>| request.cancelled() == Some(Cancel::ConnectionLoss);
+        if held.iter().any(|request| ended(&request)) {
+            // Another worker may have them at once, as if the broker had taken them back.
+            let stays = held.iter().filter(|request| !ended(request));
+            let stays = stays.filter_map(|request| request.tag());
+            let keep: Vec<_> = stays.chain(scheduled.tags()).collect();
+            channel.restore(&keep).await?;
+            held.iter()
+                .filter(ended)
+                .for_each(|request| request.disown());
         }
         for request in held {
             let Some(tag) = request.tag() else { continue };
@@ -103,8 +195,8 @@ impl Consumer {
     }
 
     fn forget_settled(&mut self) {
-        self.timer
-            .retain(|request| request.phase() != Phase::Settled);
+        let scheduled = &self.worker.state.scheduled;
+        self.timer.retain(|serial| scheduled.contains(serial));
         for limited in self.limited.values_mut() {
             limited
                 .waiting
@@ -122,6 +214,10 @@ impl Consumer {
     }
 
     pub(super) fn lease_lost(&mut self, tag: &Tag) {
+        if self.worker.state.scheduled.retain(|held| held != tag) > 0 {
+            // The timer finds that out by itself.
+            return;
+        }
         let held = self.worker.state.held();
         if let Some(request) = held
             .iter()

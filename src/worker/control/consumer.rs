@@ -12,6 +12,12 @@ use crate::worker::consumer::Command;
 impl Control {
     pub(super) fn add_consumer(&self, mut arguments: Arguments<'_>) -> Outcome {
         let [name] = arguments.required(["queue"])?;
+        if !(name.is_string() || name.is_number()) {
+            return Err(CommandError::type_error(format!(
+                "a queue's name is a text, not {}",
+                saferepr::repr(&name)
+            )));
+        }
         let name = saferepr::str(&name);
         if name.is_empty() || name.len() > 255 {
             return Err(CommandError::value_error(

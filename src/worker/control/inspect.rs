@@ -3,15 +3,17 @@
 use nix::sys::resource::{UsageWho, getrusage};
 use serde_json::{Map, Value, json};
 
-use super::{Arguments, Control, Outcome, ok};
+use super::{Arguments, Control, Outcome, ok, type_name};
 use crate::config::Settings;
 use crate::events::{Event, Software};
+use crate::pidbox::CommandError;
+use crate::protocol::exception::Exception;
 use crate::protocol::mask::mask_secrets;
 use crate::protocol::saferepr;
 use crate::transport::Queue;
-use crate::worker::autoscale;
 use crate::worker::mingle::revoked_ids;
-use crate::worker::request::Phase;
+use crate::worker::request::{Phase, Request};
+use crate::worker::{autoscale, strategy};
 
 /// Settings whose names say that their values are not for everybody.
 const HIDDEN: [&str; 8] = [
@@ -44,11 +46,24 @@ impl Control {
     }
 
     pub(super) fn scheduled(&self) -> Value {
-        let requests = self.worker.state.in_phase(Phase::Scheduled);
-        requests
-            .iter()
+        let serials = self.worker.state.scheduled.serials();
+        serials
+            .into_iter()
+            .filter_map(|serial| self.reread(serial))
             .map(|request| request.schedule_info(&self.worker.node))
             .collect()
+    }
+
+    fn reread(&self, serial: u64) -> Option<Request> {
+        let delivery = self.worker.state.scheduled.show(serial)?;
+        strategy::reread(&self.worker, serial, &delivery)
+    }
+
+    /// The request of this id among those that wait for their ETA.
+    pub(super) fn find_scheduled(&self, id: &str) -> Option<Request> {
+        let serials = self.worker.state.scheduled.candidates(id);
+        let mut found = serials.into_iter().filter_map(|serial| self.reread(serial));
+        found.find(|request| request.id() == id)
     }
 
     pub(super) fn registered(&self, mut arguments: Arguments<'_>) -> Outcome {
@@ -59,10 +74,13 @@ impl Control {
                 .map(str::to_owned)
                 .collect(),
             Some(Value::String(item)) => vec![item],
+            Some(Value::Object(items)) => items.into_iter().map(|(item, _)| item).collect(),
+            Some(other @ (Value::Number(_) | Value::Bool(_))) => return Err(no_list(&other)),
             _ => ["exchange", "routing_key", "rate_limit"]
                 .map(str::to_owned)
                 .to_vec(),
         };
+        let builtins = arguments.truthy("builtins");
         let describe = |entry: &crate::tasks::Entry| {
             let options = entry.options();
             let shown = |item: &String| {
@@ -87,7 +105,12 @@ impl Control {
                 format!("{} [{}]", entry.name, fields.join(" "))
             }
         };
-        Ok(self.worker.registry.iter().map(describe).collect())
+        let registry = &self.worker.registry;
+        Ok(if builtins {
+            registry.all().map(describe).collect()
+        } else {
+            registry.iter().map(describe).collect()
+        })
     }
 
     pub(super) fn active_queues(&self, arguments: &Arguments<'_>) -> Outcome {
@@ -98,16 +121,23 @@ impl Control {
     pub(super) fn query_task(&self, mut arguments: Arguments<'_>) -> Outcome {
         let ids = match arguments.required(["ids"])? {
             [Value::Array(ids)] => ids,
+            [Value::Null] => return Err(no_list(&Value::Null)),
+            [Value::Object(_)] => {
+                return Err(CommandError::type_error("unhashable type: 'dict'"));
+            }
             [one] => vec![one],
         };
         let mut found = Map::new();
         for id in ids.iter().filter_map(Value::as_str) {
             let Some(request) = self.worker.state.get(id) else {
+                if let Some(request) = self.find_scheduled(id) {
+                    let info = request.info(&self.worker.node, false);
+                    found.insert(id.to_owned(), json!(["scheduled", info]));
+                }
                 continue;
             };
             let state = match request.phase() {
                 Phase::Active => "active",
-                Phase::Scheduled => "scheduled",
                 Phase::Reserved => "reserved",
                 Phase::Settled => "ready",
             };
@@ -129,6 +159,16 @@ impl Control {
             .revoked
             .add(revoked_ids(arguments.take("revoked").as_ref()));
         Ok(json!({"revoked": self.worker.revoked.ids(), "clock": self.worker.clock.forward()}))
+    }
+
+    /// Pictures of Python's objects: there are none here.
+    pub(super) fn objgraph(&self, mut arguments: Arguments<'_>) -> Outcome {
+        drop(["num", "max_depth", "type"].map(|name| arguments.take(name)));
+        arguments.none_left()?;
+        Err(CommandError(Exception::builtin(
+            "ImportError",
+            "Requires the objgraph library",
+        )))
     }
 
     pub(super) fn heartbeat(&self, arguments: &Arguments<'_>) -> Outcome {
@@ -236,15 +276,20 @@ impl Control {
         } else {
             settings.changed()
         };
-        Ok(Value::Object(
-            shown
-                .into_iter()
-                .map(|(name, value)| {
-                    let value = censored(&name, value);
-                    (name, value)
-                })
-                .collect(),
-        ))
+        let mut shown: Map<String, Value> = shown
+            .into_iter()
+            .map(|(name, value)| {
+                let value = censored(&name, value);
+                (name, value)
+            })
+            .collect();
+        // Where results go is shown also when it follows from the broker, and so are the two
+        // that every Python worker shows.
+        let results = self.worker.backend.display_url();
+        shown.insert("result_backend".to_owned(), results.into());
+        shown.insert("deprecated_settings".to_owned(), Value::Null);
+        shown.insert("include".to_owned(), Value::Array(Vec::new()));
+        Ok(Value::Object(shown))
     }
 
     pub(super) fn report(&self, arguments: &Arguments<'_>) -> Outcome {
@@ -279,6 +324,11 @@ pub fn report(settings: &Settings, transport: &str, results: &str) -> String {
         ));
     }
     text
+}
+
+/// Python's words for what should have been a list.
+fn no_list(value: &Value) -> CommandError {
+    CommandError::type_error(format!("'{}' object is not iterable", type_name(value)))
 }
 
 fn seconds(limit: Option<std::time::Duration>) -> Value {

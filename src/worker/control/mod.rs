@@ -60,6 +60,31 @@ fn error(text: impl Into<String>) -> Value {
     json!({"error": text.into()})
 }
 
+/// What Python makes of a value where it wants a yes or a no.
+fn is_truthy(value: &Value) -> bool {
+    match value {
+        Value::Null => false,
+        Value::Bool(flag) => *flag,
+        Value::Number(number) => number.as_f64() != Some(0.0),
+        Value::String(text) => !text.is_empty(),
+        Value::Array(items) => !items.is_empty(),
+        Value::Object(map) => !map.is_empty(),
+    }
+}
+
+/// The name of a value's type in Python.
+fn type_name(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "NoneType",
+        Value::Bool(_) => "bool",
+        Value::Number(number) if number.is_i64() || number.is_u64() => "int",
+        Value::Number(_) => "float",
+        Value::String(_) => "str",
+        Value::Array(_) => "list",
+        Value::Object(_) => "dict",
+    }
+}
+
 /// The keyword arguments of one call, taken one by one.
 pub(crate) struct Arguments<'a> {
     command: &'a str,
@@ -96,40 +121,7 @@ impl Arguments<'_> {
     }
 
     fn truthy(&mut self, name: &str) -> bool {
-        match self.take(name) {
-            None => false,
-            Some(Value::Bool(flag)) => flag,
-            Some(Value::Number(number)) => number.as_f64() != Some(0.0),
-            Some(Value::String(text)) => !text.is_empty(),
-            Some(Value::Array(items)) => !items.is_empty(),
-            Some(Value::Object(map)) => !map.is_empty(),
-            Some(Value::Null) => false,
-        }
-    }
-
-    fn count(&mut self, name: &str, default: usize) -> Result<usize, CommandError> {
-        Ok(self.optional_count(name)?.unwrap_or(default))
-    }
-
-    fn optional_count(&mut self, name: &str) -> Result<Option<usize>, CommandError> {
-        match self.take(name) {
-            None => Ok(None),
-            Some(value) => {
-                let number = match &value {
-                    Value::String(text) => text.trim().parse().ok(),
-                    other => other.as_u64(),
-                };
-                number
-                    .and_then(|number| usize::try_from(number).ok())
-                    .map(Some)
-                    .ok_or_else(|| {
-                        CommandError::value_error(format!(
-                            "{name} must be a whole number of 0 or more, not {}",
-                            crate::protocol::saferepr::repr(&value)
-                        ))
-                    })
-            }
-        }
+        self.take(name).is_some_and(|value| is_truthy(&value))
     }
 
     /// Commands that take no others refuse what is left.
@@ -204,10 +196,7 @@ impl Control {
             "hello" => self.hello(arguments),
             "memsample" => Ok(inspect::memory_sample()),
             "memdump" => Ok(inspect::memory_dump()),
-            "objgraph" => Err(CommandError(Exception::builtin(
-                "ImportError",
-                "Requires the objgraph library",
-            ))),
+            "objgraph" => self.objgraph(arguments),
             "election" => self.election(arguments),
             "heartbeat" => self.heartbeat(&arguments),
             "revoke" => self.revoke(arguments).await,

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use nix::sys::signal::Signal;
 use serde_json::{Map, Value};
 
-use super::{Arguments, Control, Outcome, ok};
+use super::{Arguments, Control, Outcome, is_truthy, ok, type_name};
 use crate::backend::{Meta, ReplyTo};
 use crate::pidbox::CommandError;
 use crate::protocol::exception::Exception;
@@ -25,49 +25,73 @@ fn set_repr(ids: &[String]) -> String {
     format!("{{{}}}", shown.join(", "))
 }
 
-fn texts(value: Value) -> Vec<String> {
-    match value {
-        Value::Array(items) => items.iter().map(saferepr::str).collect(),
+/// The ids of tasks, with Python's words for what cannot be one.
+fn task_ids(value: Value) -> Result<Vec<String>, CommandError> {
+    let items = match value {
+        Value::Array(items) => items,
         Value::Null => Vec::new(),
-        one => vec![saferepr::str(&one)],
-    }
+        one => vec![one],
+    };
+    let ids = items.into_iter().enumerate().map(|(at, item)| match item {
+        Value::String(id) => Ok(id),
+        Value::Array(_) | Value::Object(_) => Err(CommandError::type_error(format!(
+            "unhashable type: '{}'",
+            type_name(&item)
+        ))),
+        other => Err(CommandError::type_error(format!(
+            "sequence item {at}: expected str instance, {} found",
+            type_name(&other)
+        ))),
+    });
+    ids.collect()
 }
 
-/// `SIGTERM`, `TERM` or 15.
+/// `SIGTERM`, `TERM` or 15; TERM where nothing is said. Numbers that are no signal are refused,
+/// which Celery hands to the system.
 fn signal(value: Option<Value>) -> Result<i32, CommandError> {
-    let wrong = |shown: String| {
-        CommandError::type_error(format!(
-            "signal argument must be a valid signal name or number, not {shown}"
-        ))
-    };
-    match value {
-        None => Ok(Signal::SIGTERM as i32),
-        Some(Value::String(name)) => {
+    let number = match value {
+        None => return Ok(Signal::SIGTERM as i32),
+        Some(value) if !is_truthy(&value) => return Ok(Signal::SIGTERM as i32),
+        Some(Value::Bool(_)) => Some(1),
+        Some(Value::Number(number)) if number.is_i64() || number.is_u64() => {
+            let known = number
+                .as_i64()
+                .and_then(|number| i32::try_from(number).ok());
+            return known
+                .and_then(|number| Signal::try_from(number).ok())
+                .map(|known| known as i32)
+                .ok_or_else(|| CommandError::value_error(format!("{number} is no signal")));
+        }
+        Some(Value::String(name)) if is_uppercase(&name) => {
             let full = if name.starts_with("SIG") {
-                name.clone()
+                name
             } else {
                 format!("SIG{name}")
             };
-            let known = Signal::from_str(&full).map_err(|_| wrong(saferepr::repr_str(&name)))?;
-            Ok(known as i32)
+            let known = Signal::from_str(&full).map_err(|_| {
+                CommandError(Exception::builtin(
+                    "AttributeError",
+                    format!("module 'signal' has no attribute '{full}'"),
+                ))
+            })?;
+            Some(known as i32)
         }
-        Some(other) => {
-            let number = other.as_i64().and_then(|number| i32::try_from(number).ok());
-            let known = number.and_then(|number| Signal::try_from(number).ok());
-            known
-                .map(|known| known as i32)
-                .ok_or_else(|| wrong(saferepr::repr(&other)))
-        }
-    }
+        Some(_) => None,
+    };
+    number.ok_or_else(|| CommandError::type_error("signal name must be uppercase string."))
+}
+
+/// Python's `str.isupper`: letters, all of them capitals.
+fn is_uppercase(name: &str) -> bool {
+    name.chars().any(char::is_uppercase) && !name.chars().any(char::is_lowercase)
 }
 
 impl Control {
     pub(super) async fn revoke(&self, mut arguments: Arguments<'_>) -> Outcome {
         let [ids] = arguments.required(["task_id"])?;
-        let ids = texts(ids);
-        let terminate = arguments.truthy("terminate");
-        let signal = signal(arguments.take("signal"))?;
-        if terminate {
+        let ids = task_ids(ids)?;
+        if arguments.truthy("terminate") {
+            let signal = signal(arguments.take("signal"))?;
             return Ok(self.terminate_ids(&ids, signal));
         }
         log::info!("Tasks flagged as revoked: {}", ids.join(", "));
@@ -77,8 +101,8 @@ impl Control {
 
     pub(super) async fn terminate(&self, mut arguments: Arguments<'_>) -> Outcome {
         let [signal_value, ids] = arguments.required(["signal", "task_id"])?;
-        let signal = signal(Some(signal_value).filter(|value| !value.is_null()))?;
-        Ok(self.terminate_ids(&texts(ids), signal))
+        let ids = task_ids(ids)?;
+        Ok(self.terminate_ids(&ids, signal(Some(signal_value))?))
     }
 
     /// Ends what runs, and keeps what does not run yet from running.
@@ -94,6 +118,8 @@ impl Control {
                 }
             }
         }
+        let waits = |id: &&String| self.find_scheduled(id).is_some();
+        found.extend(ids.iter().filter(waits).cloned());
         if found.is_empty() {
             return ok("terminate: tasks unknown");
         }
@@ -118,8 +144,11 @@ impl Control {
     pub(super) async fn revoke_by_stamped_headers(&self, mut arguments: Arguments<'_>) -> Outcome {
         let [headers] = arguments.required(["headers"])?;
         let terminate = arguments.truthy("terminate");
-        let signal = signal(arguments.take("signal"))?;
-        let (headers, shown) = stamps(headers);
+        let signal = match arguments.take("signal") {
+            value if terminate => signal(value)?,
+            _ => Signal::SIGTERM as i32,
+        };
+        let (headers, shown) = stamps(headers)?;
         for (name, values) in &headers {
             self.worker.revoked.add_stamp(name, values);
         }
@@ -211,7 +240,7 @@ async fn tell_clients(worker: &Worker, ids: Vec<String>) {
         let result = Exception::task_revoked("revoked").to_value();
         let mut meta = Meta::new(id, State::Revoked.as_str(), result);
         meta.children = Value::Null;
-        meta.date_done = Some(chrono::Utc::now());
+        meta.date_done = Some(worker.now());
         if let Err(error) = worker.backend.store(&meta, &ReplyTo::default()).await {
             log::warn!("Cannot store that {} was revoked: {error}", meta.task_id);
         }
@@ -239,7 +268,7 @@ fn matches<'headers, 'stamps>(
 
 /// `{name: value or list}`, or a list of `name=value`; and the same as Python shows it, where
 /// of several pairs of one name the last is left (here all of them count).
-fn stamps(headers: Value) -> (BTreeMap<String, Vec<Value>>, String) {
+fn stamps(headers: Value) -> Result<(BTreeMap<String, Vec<Value>>, String), CommandError> {
     let mut stamps: BTreeMap<String, Vec<Value>> = BTreeMap::new();
     let mut shown = Map::new();
     match headers {
@@ -247,6 +276,11 @@ fn stamps(headers: Value) -> (BTreeMap<String, Vec<Value>>, String) {
             for (name, value) in &map {
                 let values = match value {
                     Value::Array(values) => values.clone(),
+                    Value::Null => {
+                        return Err(CommandError::type_error(
+                            "'NoneType' object is not iterable",
+                        ));
+                    }
                     one => vec![one.clone()],
                 };
                 stamps.entry(name.clone()).or_default().extend(values);
@@ -254,10 +288,11 @@ fn stamps(headers: Value) -> (BTreeMap<String, Vec<Value>>, String) {
             shown = map;
         }
         Value::Array(items) => {
-            let pairs = items
-                .iter()
-                .filter_map(|item| item.as_str()?.split_once('='));
-            for (name, value) in pairs {
+            for item in &items {
+                let pair = item.as_str().and_then(|pair| pair.split_once('='));
+                let (name, value) = pair.ok_or_else(|| {
+                    CommandError(Exception::builtin("IndexError", "list index out of range"))
+                })?;
                 stamps
                     .entry(name.to_owned())
                     .or_default()
@@ -265,9 +300,15 @@ fn stamps(headers: Value) -> (BTreeMap<String, Vec<Value>>, String) {
                 shown.insert(name.to_owned(), value.into());
             }
         }
-        _ => {}
+        other => {
+            let kind = type_name(&other);
+            return Err(CommandError(Exception::builtin(
+                "AttributeError",
+                format!("'{kind}' object has no attribute 'items'"),
+            )));
+        }
     }
-    (stamps, saferepr::repr(&Value::Object(shown)))
+    Ok((stamps, saferepr::repr(&Value::Object(shown))))
 }
 
 #[cfg(test)]
@@ -281,27 +322,52 @@ mod tests {
         assert_eq!(signal(Some(json!("KILL"))).unwrap(), 9);
         assert_eq!(signal(Some(json!("SIGUSR1"))).unwrap(), 10);
         assert_eq!(signal(Some(json!(9))).unwrap(), 9);
+        for nothing in [json!(0), json!(""), json!([])] {
+            assert_eq!(signal(Some(nothing)).unwrap(), 15);
+        }
         for wrong in [json!("sigkill"), json!("SIGNOPE"), json!(4711), json!([1])] {
             assert!(signal(Some(wrong.clone())).is_err(), "{wrong}");
         }
     }
 
     #[test]
+    fn what_is_no_id_is_told_in_pythons_words() {
+        assert_eq!(task_ids(json!("a")).unwrap(), ["a"]);
+        assert_eq!(task_ids(json!(["a", "b"])).unwrap(), ["a", "b"]);
+        let repr = |value| task_ids(value).unwrap_err().0.repr();
+        assert_eq!(
+            repr(json!(["a", 1])),
+            "TypeError('sequence item 1: expected str instance, int found')"
+        );
+        assert_eq!(
+            repr(json!({"a": 1})),
+            "TypeError(\"unhashable type: 'dict'\")"
+        );
+    }
+
+    #[test]
     fn stamps_come_as_an_object_or_as_pairs() {
         let expected = BTreeMap::from([("a".to_owned(), vec![json!("1"), json!("2")])]);
-        let (found, shown) = stamps(json!({"a": ["1", "2"]}));
+        let (found, shown) = stamps(json!({"a": ["1", "2"]})).unwrap();
         assert_eq!(
             (found, shown.as_str()),
             (expected.clone(), "{'a': ['1', '2']}")
         );
-        let (found, shown) = stamps(json!(["a=1", "a=2", "junk"]));
+        let (found, shown) = stamps(json!(["a=1", "a=2"])).unwrap();
         assert_eq!((found, shown.as_str()), (expected, "{'a': '2'}"));
-        assert!(stamps(json!("a=1")).0.is_empty());
+        for wrong in [
+            json!("a=1"),
+            json!(["junk"]),
+            json!({"a": null}),
+            json!(null),
+        ] {
+            assert!(stamps(wrong.clone()).is_err(), "{wrong}");
+        }
     }
 
     #[test]
     fn a_stamp_matches_by_value_or_by_one_of_its_values() {
-        let (headers, _) = stamps(json!({"a": ["1", "2"], "b": 3}));
+        let (headers, _) = stamps(json!({"a": ["1", "2"], "b": 3})).unwrap();
         let hits = |message: Value| {
             let Value::Object(message) = message else {
                 panic!("an object")

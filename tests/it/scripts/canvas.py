@@ -176,9 +176,9 @@ class Observed:
     def __init__(self, messages, client, lenient):
         self.messages, self.client, self.labels, self.lenient = messages, client, {}, lenient
         self.groups = {}
+        # Some canvases make a worker publish an id twice, each time in a group of its own.
         for task_id, copies in messages.items():
-            gid = copies[0]["headers"]["group"]
-            if gid:
+            for gid in {copy["headers"]["group"] for copy in copies} - {None}:
                 self.groups.setdefault(gid, []).append(task_id)
 
     @staticmethod
@@ -248,13 +248,16 @@ class Observed:
                 None if members is None else [self.tuple(member) for member in members]]
 
     def result(self, meta):
+        # Of a task that ran twice the result is that of the run which ended first.
+        twice = len(self.messages.get(meta["task_id"], ())) > 1
         return {
             "kind": "result", "id": self.label(meta["task_id"]), "status": meta["status"],
             "result": self.replaced(json.dumps(meta["result"])),
             # Of what never ran they are those of the part that happened to be the last.
-            "children": "?" if meta["task_id"] not in self.messages else [
+            "children": "?" if twice or meta["task_id"] not in self.messages else [
                 self.tuple(child) for child in meta["children"] or []],
-            "parent": self.parent(meta.get("parent_id")), "group": self.label(meta.get("group_id")),
+            "parent": "?" if twice else self.parent(meta.get("parent_id")),
+            "group": self.label(meta.get("group_id")),
             # Python has none for some failures that it stores for others.
             "traceback": bool(meta["traceback"]) or self.lenient and meta["status"] == "FAILURE",
         }
@@ -278,20 +281,8 @@ def without_causes(texts):
                   for record in records)
 
 
-def main():
-    left, right, queue, first, count = *sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5])
-    sides = [Side(url, queue) for url in (left, right)]
-    sent, refused = {}, []
-    for seed in range(first, first + count):
-        depth = 1 + seed % 4
-        try:
-            sent[seed] = [side.send(seed, depth) for side in sides][0]
-        except (TypeError, RuntimeError, AttributeError, ValueError, IndexError) as error:
-            # Some combinations the client itself cannot build.
-            refused.append([seed, repr(error)])
-    for side in sides:
-        side.settle(30 + count)
-    one, other = sides[0].observed(True), sides[1].observed(False)
+def compared(sent, one, other):
+    """The differences by seed, and the seeds whose ends were up to chance."""
     different, raced = {}, []
     for seed, text in sent.items():
         mine, theirs = one.get(seed, []), other.get(seed, [])
@@ -305,6 +296,30 @@ def main():
             only = lambda these, those: [json.loads(text) for text in these if text not in those]
             different[seed] = {"canvas": text, "left only": only(mine, theirs),
                                "right only": only(theirs, mine)}
+    return different, raced
+
+
+def main():
+    left, right, queue, first, count = *sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5])
+    sides = [Side(url, queue) for url in (left, right)]
+    sent, refused = {}, []
+    for seed in range(first, first + count):
+        depth = 1 + seed % 4
+        try:
+            sent[seed] = [side.send(seed, depth) for side in sides][0]
+        except (TypeError, RuntimeError, AttributeError, ValueError, IndexError) as error:
+            # Some combinations the client itself cannot build.
+            refused.append([seed, repr(error)])
+    for side in sides:
+        side.settle(30 + count)
+    # On a busy machine one of the two may have paused for longer than it takes to look settled.
+    deadline = time.monotonic() + 15
+    while True:
+        one, other = sides[0].observed(True), sides[1].observed(False)
+        different, raced = compared(sent, one, other)
+        if not different or time.monotonic() > deadline:
+            break
+        time.sleep(0.5)
     print("answer: " + json.dumps({
         "sent": len(sent), "refused": refused, "raced": raced, "different": different,
         "records": sum(len(texts) for texts in one.values()),

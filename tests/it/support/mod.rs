@@ -1,22 +1,28 @@
 //! What integration tests stand on. Nothing here is mocked.
 
+pub mod broker;
 pub mod git_server;
 pub mod proxy;
 pub mod python;
+pub mod rabbit_api;
 pub mod rabbit_server;
 pub mod raw;
 pub mod redis_server;
 pub mod repository;
 pub mod services;
+pub mod tls_front;
 pub mod waiting;
 pub mod worker;
 
+pub use broker::Broker;
+pub(crate) use broker::on_brokers;
 pub use git_server::GitServer;
 pub use proxy::Proxy;
 pub use rabbit_server::RabbitServer;
 pub use raw::Raw;
 pub use redis_server::RedisServer;
 pub use repository::Repository;
+pub use tls_front::TlsFront;
 pub use waiting::wait_for;
 #[allow(unused_imports, reason = "used as soon as the worker runs")]
 pub use worker::Worker;

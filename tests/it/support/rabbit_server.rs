@@ -10,6 +10,7 @@ use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
+use super::rabbit_api::RabbitApi;
 use super::{project, services, wait_for};
 
 /// Where Debian keeps the scripts that do not switch to the system's user.
@@ -20,6 +21,7 @@ pub struct RabbitServer {
     /// `amqp://guest:guest@127.0.0.1:port//`.
     pub url: String,
     port: u16,
+    api_port: u16,
     environment: Vec<(String, String)>,
     processes: Vec<Child>,
     // Removed last.
@@ -32,23 +34,27 @@ impl RabbitServer {
         Self::with("[].")
     }
 
-    /// One that speaks TLS alone, with a certificate of `tests/fixtures/tls`.
+    /// One that speaks TLS as well, with a certificate of `tests/fixtures/tls` for 127.0.0.1; it
+    /// listens on 127.0.0.2, too, and wants a certificate of its clients, for which the same will do.
     pub fn secure() -> Self {
         let file = |name: &str| format!("{}/tests/fixtures/tls/{name}", project().display());
         let options = format!(
-            "[{{cacertfile, \"{}\"}}, {{certfile, \"{}\"}}, {{keyfile, \"{}\"}}]",
+            "[{{cacertfile, \"{}\"}}, {{certfile, \"{}\"}}, {{keyfile, \"{}\"}}, \
+             {{verify, verify_peer}}, {{fail_if_no_peer_cert, true}}]",
             file("loopback-ca.pem"),
             file("loopback.pem"),
             file("loopback.key.pem")
         );
-        let [port, ..] = fixed_ports();
+        let [port, ..] = fixed_ports::<1>();
         let settings = format!(
-            "[{{rabbit, [{{ssl_listeners, [{{\"127.0.0.1\", {port}}}]}}, {{ssl_options, {options}}}]}}]."
+            "[{{rabbit, [{{ssl_listeners, [{{\"127.0.0.1\", {port}}}, {{\"127.0.0.2\", {port}}}]}}, {{ssl_options, {options}}}]}}]."
         );
         let mut server = Self::with(&settings);
         server.url = format!(
-            "amqps://guest:guest@127.0.0.1:{port}//?ssl_ca_certs={}",
-            file("loopback-ca.pem")
+            "amqps://guest:guest@127.0.0.1:{port}//?ssl_ca_certs={}&ssl_certfile={}&ssl_keyfile={}",
+            file("loopback-ca.pem"),
+            file("loopback.pem"),
+            file("loopback.key.pem")
         );
         server
     }
@@ -60,12 +66,16 @@ impl RabbitServer {
             drop(services::rabbitmq());
         }
         let directory = tempfile::tempdir().expect("a temporary directory");
-        let [port, names, distribution] = fixed_ports();
+        let [port, names, distribution, api_port] = fixed_ports();
         let path = |name: &str| directory.path().join(name).to_string_lossy().into_owned();
-        let conf = "loopback_users = none\nlog.console = false\n";
+        let conf = format!(
+            "loopback_users = none\nlog.console = false\n\
+             management_agent.disable_metrics_collector = true\n\
+             management.tcp.ip = 127.0.0.1\nmanagement.tcp.port = {api_port}\n"
+        );
         std::fs::write(path("rabbitmq.conf"), conf).expect("rabbitmq.conf");
         std::fs::write(path("advanced.config"), settings).expect("advanced.config");
-        std::fs::write(path("plugins"), "[].\n").expect("plugins");
+        std::fs::write(path("plugins"), "[rabbitmq_management].\n").expect("plugins");
         let environment = [
             ("HOME", path("")),
             ("ERL_EPMD_PORT", names.to_string()),
@@ -88,6 +98,7 @@ impl RabbitServer {
         let mut server = Self {
             url: format!("amqp://guest:guest@127.0.0.1:{port}//"),
             port,
+            api_port,
             environment: environment.map(|(k, v)| (k.to_owned(), v)).into(),
             processes: Vec::new(),
             _directory: directory,
@@ -143,9 +154,14 @@ impl RabbitServer {
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
+    /// Its management interface.
+    pub fn api(&self) -> RabbitApi {
+        RabbitApi::at(&format!("http://guest:guest@127.0.0.1:{}", self.api_port))
+    }
+
     /// Ends every connection, as an operator would.
     pub fn close_connections(&self) {
-        self.ctl(&["close_all_connections", "test"]);
+        self.api().close_connections("%2F");
     }
 
     /// Stops the broker and starts it again; what is persistent is still there.
@@ -156,19 +172,11 @@ impl RabbitServer {
     }
 
     /// Messages of a queue that wait, and that are delivered and not settled.
-    pub fn counts(&self, queue: &str) -> (u64, u64) {
-        let list = self.ctl(&[
-            "list_queues",
-            "name",
-            "messages_ready",
-            "messages_unacknowledged",
-        ]);
-        let line = list
-            .lines()
-            .map(|line| line.split_whitespace().collect::<Vec<_>>())
-            .find(|words| words.first() == Some(&queue))
-            .unwrap_or_else(|| panic!("no queue {queue} in\n{list}"));
-        (line[1].parse().unwrap(), line[2].parse().unwrap())
+    pub fn counts(&self, queue: &str) -> (usize, usize) {
+        let queues = self.api().queues("%2F");
+        let found = queues.iter().find(|held| held.queue == queue);
+        let held = found.unwrap_or_else(|| panic!("no queue {queue} in {queues:?}"));
+        (held.ready, held.unacked)
     }
 
     fn wait(&self) {
@@ -223,9 +231,9 @@ fn epmd() -> PathBuf {
 }
 
 /// Free ports below the range of outgoing connections.
-fn fixed_ports() -> [u16; 3] {
+fn fixed_ports<const COUNT: usize>() -> [u16; COUNT] {
     let mut taken = Vec::new();
-    [(); 3].map(|()| {
+    [(); COUNT].map(|()| {
         loop {
             let random = uuid::Uuid::new_v4().as_u128() % 8000;
             let port = 20_000 + u16::try_from(random).expect("below 8000");

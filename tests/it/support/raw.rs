@@ -1,22 +1,37 @@
-//! Task messages pushed to Redis byte by byte, and results read without a client: for tests that
-//! send what no client would, and for those whose Redis goes away under them.
+//! Task messages handed to a broker byte by byte, and results read from Redis without a client:
+//! for tests that send what no client would, and for those whose servers go away under them.
 
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use base64::Engine;
+use celeriac::protocol::envelope::{Envelope, Properties};
+use celeriac::transport::amqp::{AmqpTransport, Options};
+use celeriac::transport::url::BrokerUrl;
+use celeriac::transport::{Channel, Exchange, Publication, Transport};
 use redis::Commands;
 use serde_json::{Value, json};
 
+use super::rabbit_api::RabbitApi;
 use super::wait_for;
 
 /// How long a result may take on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(40);
 
-/// One queue of one Redis, which may be away for a while.
+/// One queue of one broker, and one Redis with results, which may be away for a while.
 pub struct Raw {
     url: String,
     queue: String,
     connection: Option<redis::Connection>,
+    rabbit: Option<Rabbit>,
+}
+
+/// Where messages go that do not go to Redis.
+struct Rabbit {
+    api: RabbitApi,
+    vhost: String,
+    url: String,
+    channel: Option<Arc<dyn Channel>>,
 }
 
 impl Raw {
@@ -26,6 +41,20 @@ impl Raw {
             url: url.to_owned(),
             queue: queue.to_owned(),
             connection: None,
+            rabbit: None,
+        }
+    }
+
+    /// Messages go to a queue of RabbitMQ, results come from Redis.
+    pub fn rabbitmq(api: RabbitApi, vhost: &str, url: &str, results: &str, queue: &str) -> Self {
+        Self {
+            rabbit: Some(Rabbit {
+                api,
+                vhost: vhost.to_owned(),
+                url: url.to_owned(),
+                channel: None,
+            }),
+            ..Self::new(results, queue)
         }
     }
 
@@ -50,8 +79,15 @@ impl Raw {
         })
     }
 
-    /// Pushes bytes, whatever they are.
+    /// Pushes bytes, whatever they are: an envelope where the broker is Redis, else a body.
     pub fn push(&mut self, message: &[u8]) {
+        if self.rabbit.is_some() {
+            return self.publish(Envelope {
+                body: message.to_vec(),
+                content_type: Some("application/json".to_owned()),
+                ..Envelope::default()
+            });
+        }
         let queue = self.queue.clone();
         self.with(|connection| connection.lpush::<_, _, ()>(&queue, message));
     }
@@ -65,8 +101,70 @@ impl Raw {
     pub fn send_with(&mut self, task: &str, arguments: Value, headers: &Value) -> String {
         let id = uuid::Uuid::new_v4().to_string();
         let message = envelope(&self.queue, task, &id, &arguments, headers);
-        self.push(message.to_string().as_bytes());
+        self.push_envelope(&message);
         id
+    }
+
+    /// Pushes a message in the form it has in Redis; RabbitMQ gets its parts.
+    pub fn push_envelope(&mut self, message: &Value) {
+        if self.rabbit.is_none() {
+            return self.push(message.to_string().as_bytes());
+        }
+        let text = |part: &Value| part.as_str().map(str::to_owned);
+        let properties = &message["properties"];
+        let mode = properties["delivery_mode"].as_u64();
+        let body = message["body"].as_str().unwrap_or_default();
+        let decoded = base64::engine::general_purpose::STANDARD.decode(body);
+        self.publish(Envelope {
+            body: decoded.unwrap_or_else(|_| body.into()),
+            content_type: text(&message["content-type"]),
+            content_encoding: text(&message["content-encoding"]),
+            headers: message["headers"].as_object().cloned().unwrap_or_default(),
+            properties: Properties {
+                correlation_id: text(&properties["correlation_id"]),
+                reply_to: text(&properties["reply_to"]),
+                delivery_mode: mode.and_then(|mode| u8::try_from(mode).ok()),
+                priority: None,
+                expiration: None,
+            },
+        });
+    }
+
+    /// Publishes with the broker's word for it, again while it is away.
+    fn publish(&mut self, envelope: Envelope) {
+        static RUNTIME: LazyLock<tokio::runtime::Runtime> = LazyLock::new(|| {
+            let mut builder = tokio::runtime::Builder::new_multi_thread();
+            let built = builder.worker_threads(1).enable_all().build();
+            built.expect("a tokio runtime")
+        });
+        let publication = Publication {
+            exchange: Exchange::default_exchange(),
+            routing_key: self.queue.clone(),
+            envelope,
+        };
+        let rabbit = self.rabbit.as_mut().expect("the broker is RabbitMQ");
+        wait_for(&format!("RabbitMQ at {}", rabbit.url), PATIENCE, || {
+            RUNTIME.block_on(async {
+                if rabbit.channel.is_none() {
+                    let url = BrokerUrl::parse(&rabbit.url).expect("a URL of RabbitMQ");
+                    let transport = AmqpTransport::new(&[url], Options::default());
+                    rabbit.channel = transport.expect("a transport").connect().await.ok();
+                }
+                let sent = rabbit.channel.as_ref()?.publish(publication.clone()).await;
+                if sent.is_err() {
+                    rabbit.channel = None;
+                }
+                sent.ok()
+            })
+        });
+    }
+
+    /// Messages of a queue of RabbitMQ that wait, and that are delivered and not settled.
+    fn held(&mut self, queue: &str) -> (usize, usize) {
+        let rabbit = self.rabbit.as_mut().expect("the broker is RabbitMQ");
+        let queues = rabbit.api.queues(&rabbit.vhost);
+        let found = queues.iter().find(|held| held.queue == queue);
+        found.map_or((0, 0), |held| (held.ready, held.unacked))
     }
 
     /// The stored state of a task, if there is one.
@@ -107,12 +205,25 @@ impl Raw {
     /// How many messages wait.
     pub fn waiting(&mut self) -> usize {
         let queue = self.queue.clone();
+        if self.rabbit.is_some() {
+            return self.held(&queue).0;
+        }
         self.with(|connection| connection.llen(&queue))
     }
 
     /// The messages that wait, the next one first.
     pub fn messages(&mut self) -> Vec<Value> {
         let queue = self.queue.clone();
+        if let Some(rabbit) = &mut self.rabbit {
+            let messages = rabbit.api.messages(&rabbit.vhost, &queue);
+            let envelope = |message: &Value| {
+                json!({
+                    "headers": message["properties"]["headers"],
+                    "properties": {"delivery_info": {"redelivered": message["redelivered"]}},
+                })
+            };
+            return messages.iter().map(envelope).collect();
+        }
         let mut texts: Vec<String> = self.with(|connection| connection.lrange(&queue, 0, -1));
         texts.reverse();
         texts
@@ -123,11 +234,18 @@ impl Raw {
 
     /// How many messages are delivered and not settled.
     pub fn unacked(&mut self) -> usize {
+        if self.rabbit.is_some() {
+            let queue = self.queue.clone();
+            return self.held(&queue).1;
+        }
         self.with(|connection| connection.hlen("unacked"))
     }
 
     /// How many messages were set aside.
     pub fn quarantined(&mut self) -> usize {
+        if self.rabbit.is_some() {
+            return self.held("celeriac.quarantine").0;
+        }
         self.with(|connection| connection.llen("celeriac.quarantine"))
     }
 
@@ -137,6 +255,12 @@ impl Raw {
         let began = std::time::Instant::now();
         while self.waiting() + self.unacked() > 0 {
             if began.elapsed() > PATIENCE {
+                assert!(
+                    self.rabbit.is_none(),
+                    "{} wait, {} are held",
+                    self.waiting(),
+                    self.unacked()
+                );
                 let held: Vec<String> = self.with(|connection| connection.hvals("unacked"));
                 panic!("{} wait, and these are held: {held:#?}", self.waiting());
             }
@@ -168,4 +292,20 @@ pub fn envelope(queue: &str, task: &str, id: &str, arguments: &Value, headers: &
             "body_encoding": "base64", "delivery_tag": uuid::Uuid::new_v4().to_string(),
         },
     })
+}
+
+/// Gives an envelope what is to follow its task.
+pub fn set_embed(envelope: &mut Value, embed: &Value) {
+    let mut decoded = body(envelope);
+    decoded[2] = embed.clone();
+    let engine = base64::engine::general_purpose::STANDARD;
+    envelope["body"] = engine.encode(decoded.to_string()).into();
+}
+
+/// The body of an envelope.
+pub fn body(envelope: &Value) -> Value {
+    let engine = base64::engine::general_purpose::STANDARD;
+    let body = envelope["body"].as_str().expect("a body");
+    let body = engine.decode(body).expect("base64");
+    serde_json::from_slice(&body).expect("JSON")
 }

@@ -1,12 +1,14 @@
 //! The servers of a test run, and a corner of them for each test.
 //!
-//! Their URLs are `TEST_REDIS_URL`, `TEST_DATABASE_URL` and `TEST_AMQP_URL`. Where one is not
+//! Their URLs are `TEST_REDIS_URL`, `TEST_DATABASE_URL` and `TEST_AMQP_URL` (with
+//! `TEST_AMQP_API_URL`, its management interface). Where one is not
 //! set (a bare `cargo test`), `scripts/services` starts private ones that all processes of
 //! the run share and that end with it.
 
 use std::process::Command;
 use std::sync::Mutex;
 
+use super::rabbit_api::RabbitApi;
 use super::{project, unique};
 
 /// One Redis database of a test's own, as far as the server has enough of them; queues still
@@ -125,6 +127,21 @@ pub fn rabbitmq() -> String {
     url("rabbitmq", "TEST_AMQP_URL")
 }
 
+/// The management interface of that RabbitMQ. Of a server from outside it is expected where
+/// RabbitMQ has it, 10,000 ports above the broker's.
+pub fn rabbitmq_api() -> RabbitApi {
+    let from_outside = std::env::var("TEST_AMQP_URL").is_ok_and(|url| !url.is_empty())
+        && std::env::var_os("TEST_AMQP_API_URL").is_none();
+    if !from_outside {
+        return RabbitApi::at(&url("rabbitmq", "TEST_AMQP_API_URL"));
+    }
+    let mut url = url::Url::parse(&rabbitmq()).expect("TEST_AMQP_URL is a URL");
+    let port = url.port().unwrap_or(5672) + 10_000;
+    url = url::Url::parse(&url.as_str().replacen("amqp", "http", 1)).expect("a URL");
+    url.set_port(Some(port)).expect("a port");
+    RabbitApi::at(url.as_str())
+}
+
 fn simple_query(url: &str, sql: &str) -> Vec<Vec<Option<String>>> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -166,7 +183,7 @@ fn url(service: &str, variable: &str) -> String {
     let mut started = STARTED
         .lock()
         .expect("no test panics while it starts a service");
-    if let Some((_, url)) = started.iter().find(|(name, _)| name == service) {
+    if let Some((_, url)) = started.iter().find(|(name, _)| name == variable) {
         return url.clone();
     }
     // The parent is the test runner: the services end with it.
@@ -185,6 +202,6 @@ fn url(service: &str, variable: &str) -> String {
             String::from_utf8_lossy(&output.stderr)
         );
     };
-    started.push((service.to_owned(), url.to_owned()));
+    started.push((variable.to_owned(), url.to_owned()));
     url.to_owned()
 }

@@ -1,0 +1,461 @@
+//! Calls and what the settings make of them: zones, repeated and cancelled tasks, chords that
+//! are watched, ETA tasks, and Rust programs that call.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use celeriac::transport::redis::{Options, RedisTransport};
+use celeriac::transport::url::BrokerUrl;
+use serde_json::{Value, json};
+
+use super::support::redis_server::RedisServer;
+use super::support::worker::Worker;
+use super::support::{GitServer, Raw, Repository, python, services, unique, wait_for};
+
+fn raw_of(worker: &Worker) -> Raw {
+    Raw::new(worker.broker(), &worker.queue)
+}
+
+/// What a Rust program declares in order to call.
+#[allow(non_local_definitions, reason = "the crate's macro writes them")]
+mod declared {
+    #[celery::task(name = "test_task")]
+    pub(super) async fn test_task(message: String) -> celery::task::TaskResult<String> {
+        Ok(message)
+    }
+}
+
+#[test]
+fn a_rust_program_calls_python_and_celeriac_alike() {
+    let redis = services::redis();
+    let queue = unique("q");
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let urls = BrokerUrl::parse_list(&redis.url).unwrap();
+    let transport = RedisTransport::new(&urls, Options::default()).unwrap();
+    let transport = Arc::new(transport);
+    let app = runtime
+        .block_on(celeriac::worker::app::caller(transport, &queue))
+        .unwrap();
+    let send = |text: &str| {
+        let call = declared::test_task::new(text.to_owned()).with_time_limit(30);
+        runtime.block_on(app.send_task(call)).unwrap().task_id
+    };
+    let first = send("to whom it concerns");
+    let mut raw = Raw::new(&redis.url, &queue);
+    let [message] = raw.messages().try_into().unwrap();
+    let headers = &message["headers"];
+    assert_eq!(headers["argsrepr"], "()");
+    assert_eq!(headers["kwargsrepr"], "{'message': 'to whom it concerns'}");
+    assert_eq!(headers["timelimit"], json!([30, null]));
+    assert_eq!(headers["root_id"], json!(first));
+    {
+        let _python = super::canvas::python_worker(&redis.url, &queue);
+        assert_eq!(raw.value(&first), "celeriac received: to whom it concerns");
+    }
+    let worker = Worker::on(&redis.url).queue(&queue).start();
+    let second = send("안녕");
+    let value = worker.ask(
+        "answer(AsyncResult(sys.argv[1]).get(timeout=30))",
+        &[&second],
+    );
+    assert_eq!(value, "celeriac received: 안녕");
+    runtime.block_on(app.close()).unwrap();
+}
+
+#[test]
+fn times_are_shown_in_the_zone_of_the_settings() {
+    let redis = services::redis();
+    let cases = [
+        (vec![("CELERY_TIMEZONE", "Asia/Seoul")], "+09:00", "+09:00"),
+        (
+            vec![("CELERY_ENABLE_UTC", "false"), ("TZ", "Asia/Kolkata")],
+            "+05:30",
+            "+00:00",
+        ),
+        (vec![("TZ", "Asia/Kolkata")], "+00:00", "+00:00"),
+    ];
+    for (variables, own, naive) in cases {
+        let mut worker = Worker::on(&redis.url);
+        for (name, value) in &variables {
+            worker = worker.env(name, value);
+        }
+        let worker = worker.start();
+        let mut raw = raw_of(&worker);
+        let id = raw.send("test_task", json!(["now"]));
+        let done = raw.wait(&id)["date_done"].as_str().unwrap().to_owned();
+        assert!(done.ends_with(own), "{variables:?}: {done}");
+        // A retry, and with it any countdown, is dated alike: seen in what a link publishes.
+        let callback = json!({"task": "test_task", "args": [], "kwargs": {}, "immutable": false,
+            "subtask_type": null, "options": {"countdown": 3600, "task_id": unique("later"), "queue": worker.queue}});
+        let embed = json!({"callbacks": [callback]});
+        let headers = json!({"eta": "2999-01-01T00:00:00", "expires": "2999-01-02T00:00:00"});
+        let far = raw.send_with("test_task", json!(["far"]), &headers);
+        let mut linked = super::support::raw::envelope(
+            &worker.queue,
+            "test_task",
+            &unique("t"),
+            &json!(["a"]),
+            &json!({}),
+        );
+        super::support::raw::set_embed(&mut linked, &embed);
+        raw.push(linked.to_string().as_bytes());
+        let scheduled = wait_for("both ETA tasks", Duration::from_secs(20), || {
+            let scheduled = worker.ask(
+                "answer(next(iter(app.control.inspect(timeout=3).scheduled().values())))",
+                &[],
+            );
+            (scheduled.as_array()?.len() == 2).then_some(scheduled)
+        });
+        for entry in scheduled.as_array().unwrap() {
+            let eta = entry["eta"].as_str().unwrap();
+            let expected = if entry["request"]["id"] == json!(far) {
+                naive
+            } else {
+                own
+            };
+            assert!(eta.ends_with(expected), "{variables:?}: {entry}");
+        }
+    }
+    let mut refused = Worker::on(&redis.url)
+        .env("CELERY_TIMEZONE", "Mars/Olympus")
+        .start_without_waiting();
+    assert!(!refused.wait().success());
+    assert!(refused.log().contains("Mars/Olympus"), "{}", refused.log());
+}
+
+#[test]
+fn a_task_that_waits_for_its_eta_is_shown_found_revoked_and_run() {
+    let redis = services::redis();
+    let worker = Worker::start(&redis);
+    let mut raw = raw_of(&worker);
+    let ask = |script: &str, id: &str| {
+        let script = format!("inspect = app.control.inspect(timeout=3)\n{script}");
+        worker.ask(&script, &[id])
+    };
+    let far = json!({"eta": "2999-01-01T00:00:00+02:00", "custom": {"a": [1, 2.5]}});
+    let revoked = raw.send_with("test_task", json!([{"deep": ["ä", null]}]), &far);
+    let soon = chrono::Utc::now() + Duration::from_secs(4);
+    let soon = json!({"eta": soon.to_rfc3339()});
+    let runs = raw.send_with("test_task", json!(["soon"]), &soon);
+    worker.wait_log(&format!("{runs}] received"));
+    let found = ask(
+        "answer(next(iter(inspect.query_task([sys.argv[1]]).values())))",
+        &revoked,
+    );
+    assert_eq!(found[&revoked][0], "scheduled", "{found}");
+    assert_eq!(found[&revoked][1]["args"], json!([{"deep": ["ä", null]}]));
+    let told = ask(
+        "answer(app.control.terminate(sys.argv[1], reply=True, timeout=3)[0])",
+        &revoked,
+    );
+    let told = told[&worker.node]["ok"].as_str().unwrap().to_owned();
+    assert_eq!(told, format!("terminate: {revoked}"));
+    assert_eq!(raw.value(&runs), "celeriac received: soon");
+    assert_eq!(raw.wait(&revoked)["status"], "REVOKED");
+}
+
+#[test]
+fn a_task_that_succeeded_before_is_not_run_and_calls_nothing_again() {
+    let redis = services::redis();
+    let worker = Worker::on(&redis.url)
+        .env("CELERY_WORKER_DEDUPLICATE_SUCCESSFUL_TASKS", "true")
+        .env("CELERY_TASK_ACKS_LATE", "true")
+        .start();
+    let mut raw = raw_of(&worker);
+    let (id, called) = (unique("t"), unique("called"));
+    let callback = json!({"task": "test_task", "args": [], "kwargs": {}, "immutable": false,
+        "subtask_type": null, "options": {"task_id": called, "queue": worker.queue}});
+    let queue = worker.queue.clone();
+    let message = |redelivered: bool| {
+        let headers = json!({"redelivered": redelivered});
+        let arguments = json!(["once"]);
+        let mut message =
+            super::support::raw::envelope(&queue, "test_task", &id, &arguments, &headers);
+        super::support::raw::set_embed(&mut message, &json!({"callbacks": [callback]}));
+        message["properties"]["delivery_info"]["redelivered"] = json!(redelivered);
+        message.to_string().into_bytes()
+    };
+    raw.push(&message(false));
+    raw.wait(&id);
+    raw.wait(&called);
+    raw.push(&message(true));
+    worker.wait_log("ignored: Task already completed successfully.");
+    raw.wait_drained();
+    let log = worker.log();
+    assert_eq!(log.matches(&format!("{id}] succeeded")).count(), 1);
+    assert_eq!(log.matches(&format!("{called}] received")).count(), 1);
+}
+
+#[test]
+fn a_lost_broker_ends_late_tasks_where_the_settings_say_so() {
+    let server = RedisServer::start();
+    let mut repository = Repository::new();
+    repository.commit("Ada <ada@example.com>", &[("a.txt", "one\n")]);
+    let git = GitServer::start();
+    for cancels in [true, false] {
+        let worker = Worker::on(&server.url)
+            .concurrency(1)
+            .env(
+                "CELERY_WORKER_CANCEL_LONG_RUNNING_TASKS_ON_CONNECTION_LOSS",
+                if cancels { "true" } else { "false" },
+            )
+            .start();
+        let (url, gate) = git.gated(&repository);
+        let mut raw = raw_of(&worker);
+        let id = raw.send("analyze_repo_task", json!([1, url]));
+        gate.wait_arrivals(1);
+        let mut admin = server.connect();
+        let _: i64 = redis::cmd("CLIENT")
+            .arg(&["KILL", "TYPE", "normal", "SKIPME", "yes"])
+            .query(&mut admin)
+            .unwrap();
+        worker.wait_log("Connection to broker lost");
+        if cancels {
+            // Ended, told, and begun anew with the message that came again.
+            worker.wait_log("cannot be acknowledged after a connection loss");
+            wait_for("its second coming", Duration::from_secs(20), || {
+                let text = format!("{id}] received");
+                (worker.log().matches(&text).count() == 2).then_some(())
+            });
+        }
+        worker.wait_log("Skipping prefetch count reduction");
+        gate.open();
+        let mut raw = raw_of(&worker);
+        assert_eq!(raw.value(&id)["total_contributors"], 1);
+        raw.wait_drained();
+        let log = worker.log();
+        let received = log.matches(&format!("{id}] received")).count();
+        assert_eq!(received, if cancels { 2 } else { 1 }, "{log}");
+        assert_eq!(log.contains("Terminating it instead."), cancels);
+    }
+}
+
+/// A chord, a chord that is a step of a chain, one with a nested header, and one that fails.
+const CHORDS: &str = "
+from celery import chain, chord, group
+app.tasks['test_task'].typing = False
+task = lambda *args: app.signature('test_task', args=args, queue=QUEUE)
+plain = chord([task('a'), task('b')], task()).apply_async()
+step = chain(task('c'), group(task(), task()), task()).apply_async()
+nested = chord([task('d'), chain(task('e'), task())], task()).apply_async()
+failing = chord([task('f'), task('g', 'wrong')], task()).apply_async()
+single = chord([task('h')], group(task(), task())).apply_async()
+values = [one.get(timeout=60) for one in (plain, step, nested, single)]
+try:
+    app.AsyncResult(failing.id).get(timeout=60)
+except Exception as error:
+    values.append([type(error).__name__, str(error).split(' raised ')[-1]])
+answer(values)
+";
+
+#[test]
+fn chords_are_joined_on_result_backends_that_cannot_count() {
+    let redis = services::redis();
+    let postgres = services::postgres();
+    let directory = tempfile::tempdir().unwrap();
+    let sqlite = format!("db+sqlite:///{}/results.db", directory.path().display());
+    let server = postgres
+        .url
+        .replace("postgresql://", "db+postgresql+psycopg2://");
+    let received = |text: &str| format!("celeriac received: {text}");
+    let twice = |text: &str| received(&received(text));
+    let of = |parts: [String; 2]| received(&format!("['{}', '{}']", parts[0], parts[1]));
+    let expected = json!([
+        of([received("a"), received("b")]),
+        of([twice("c"), twice("c")]),
+        of([received("d"), twice("e")]),
+        [
+            received(&format!("['{}']", received("h"))),
+            received(&format!("['{}']", received("h")))
+        ],
+        [
+            "ChordError",
+            "TypeError('test_task() takes 1 positional argument but 2 were given')"
+        ],
+    ]);
+    for (url, with_peer) in [(&sqlite, false), (&server, true)] {
+        let queue = unique("q");
+        let worker = Worker::on(&redis.url)
+            .queue(&queue)
+            .backend(url)
+            .env("CELERY_TASK_DEFAULT_QUEUE", &queue)
+            .env("CELERY_RESULT_CHORD_RETRY_INTERVAL", "0.2")
+            .start();
+        // The two take turns, whoever is first.
+        let _peer = with_peer.then(|| {
+            let client = python::Python::new(&redis.url, url, &queue);
+            super::canvas::python_worker_of(client)
+        });
+        let script = format!("app.conf.task_default_queue = QUEUE\n{CHORDS}");
+        assert_eq!(worker.ask(&script, &[]), expected, "{url}");
+    }
+    let registered = {
+        let worker = Worker::start(&redis);
+        worker.ask(
+            "
+ask = lambda **kw: next(iter(app.control.broadcast('registered', arguments=kw, reply=True,
+                                                   timeout=3)[0].values()))
+answer([ask(taskinfoitems=[]), ask(taskinfoitems=[], builtins=True)])
+",
+            &[],
+        )
+    };
+    assert_eq!(registered[0], json!(["analyze_repo_task", "test_task"]));
+    let all = registered[1].as_array().unwrap();
+    assert!(all.contains(&Value::from("celery.chord_unlock")), "{all:?}");
+}
+
+#[test]
+fn a_late_task_that_fails_or_takes_too_long_is_settled_as_the_settings_say() {
+    let redis = services::redis();
+    let mut repository = Repository::new();
+    repository.commit("Ada <ada@example.com>", &[("a.txt", "one\n")]);
+    let git = GitServer::start();
+    // (settings, runs until it is over)
+    let cases: [(&[&str], usize); 4] = [
+        (&[], 1),
+        (&["CELERY_TASK_ACKS_ON_FAILURE_OR_TIMEOUT"], 2),
+        (&["CELERY_TASK_ACKS_ON_TIMEOUT"], 2),
+        (&["CELERY_TASK_ACKS_ON_FAILURE"], 1),
+    ];
+    for (off, runs) in cases {
+        let worker = off.iter().fold(Worker::on(&redis.url), |worker, name| {
+            worker.env(name, "false")
+        });
+        let worker = worker
+            .concurrency(1)
+            .env("CELERY_TASK_ACKS_LATE", "true")
+            .env("CELERY_TASK_TIME_LIMIT", "1")
+            .start();
+        let mut raw = raw_of(&worker);
+        let failed = raw.send("test_task", json!([]));
+        assert_eq!(raw.wait(&failed)["status"], "FAILURE");
+        raw.wait_drained();
+        assert_eq!(
+            worker.log().matches(&format!("{failed}] received")).count(),
+            1
+        );
+        let (url, gate) = git.gated(&repository);
+        let slow = raw.send("analyze_repo_task", json!([1, url]));
+        let received = format!("{slow}] received");
+        wait_for("its runs", Duration::from_secs(20), || {
+            (worker.log().matches(&received).count() == runs).then_some(())
+        });
+        if runs > 1 {
+            gate.open();
+            assert_eq!(raw.value(&slow)["total_contributors"], 1, "{off:?}");
+        } else {
+            assert_eq!(raw.wait(&slow)["result"]["exc_type"], "TimeLimitExceeded");
+        }
+        raw.wait_drained();
+        assert_eq!(worker.log().matches(&received).count(), runs, "{off:?}");
+    }
+}
+
+#[test]
+fn a_lost_child_is_a_retry_where_the_settings_say_so() {
+    let redis = services::redis();
+    let mut repository = Repository::new();
+    repository.commit("Ada <ada@example.com>", &[("a.txt", "one\n")]);
+    let git = GitServer::start();
+    let worker = Worker::on(&redis.url)
+        .concurrency(1)
+        .env("CELERY_TASK_RETRY_ON_WORKER_LOST", "true")
+        .start();
+    let (url, gate) = git.gated(&repository);
+    let mut raw = raw_of(&worker);
+    let id = raw.send("analyze_repo_task", json!([1, url]));
+    gate.wait_arrivals(1);
+    let inspect =
+        "answer(next(iter(app.control.inspect(timeout=3).active().values()))[0]['worker_pid'])";
+    let child = worker.ask(inspect, &[]).as_i64().unwrap();
+    let child = nix::unistd::Pid::from_raw(i32::try_from(child).unwrap());
+    nix::sys::signal::kill(child, nix::sys::signal::Signal::SIGKILL).unwrap();
+    let retried = wait_for("the state RETRY", Duration::from_secs(20), || {
+        (raw.status(&id) == "RETRY").then(|| raw.meta(&id))?
+    });
+    assert_eq!(
+        retried["result"]["exc_type"], "WorkerLostError",
+        "{retried}"
+    );
+    assert_eq!(retried["children"], json!([[[id, null], null]]));
+    gate.open();
+    assert_eq!(raw.value(&id)["total_contributors"], 1);
+    raw.wait_drained();
+}
+
+/// Everything a message can say, to be said again by its retry.
+fn everything(id: &str) -> Value {
+    json!({
+        "shadow": "shown", "expires": "2999-01-01T00:00:00", "group": "g", "group_index": 4,
+        "retries": 1, "timelimit": [900, 800.5], "root_id": "root", "parent_id": null,
+        "origin": "gen7@client", "ignore_result": false, "replaced_task_nesting": 2,
+        "stamped_headers": ["stage"], "stamps": {"stage": ["prod"]}, "custom": {"id": id},
+        "x-death": [{"count": 1}],
+    })
+}
+
+#[test]
+fn a_retry_says_all_that_the_first_message_said() {
+    let redis = services::redis();
+    let mut repository = Repository::new();
+    repository.commit("Ada <ada@example.com>", &[("a.txt", "one\n")]);
+    let url = GitServer::start();
+    let url = url.refusing(&repository, 503);
+    let mut worker = Worker::on(&redis.url)
+        .env("CELERY_WORKER_SEND_TASK_EVENTS", "true")
+        .start();
+    let mut raw = raw_of(&worker);
+    let id = unique("t");
+    let before = everything(&id);
+    let arguments = json!([1, url]);
+    let mut message =
+        super::support::raw::envelope(&worker.queue, "analyze_repo_task", &id, &arguments, &before);
+    let link = |name: &str| {
+        json!({"task": name, "args": [], "kwargs": {}, "options": {},
+        "subtask_type": null, "immutable": false})
+    };
+    let embed = json!({"callbacks": [link("one")], "errbacks": [link("two")],
+        "chain": [link("three"), link("four")], "chord": link("five")});
+    super::support::raw::set_embed(&mut message, &embed);
+    message["properties"]["priority"] = json!(3);
+    raw.push(message.to_string().as_bytes());
+    let meta = wait_for("the state RETRY", Duration::from_secs(20), || {
+        (raw.status(&id) == "RETRY").then(|| raw.meta(&id))?
+    });
+    assert_eq!(meta["children"], json!([[[id, null], null]]));
+    assert_eq!(meta["date_done"], Value::Null);
+    assert!(meta["traceback"].is_string(), "{meta}");
+    worker.wait_log(&format!("shown[{id}] retry: Retry in "));
+    worker.stop();
+    // Kombu's list for messages of priority 3.
+    let again = Raw::new(&redis.url, &format!("{}\x06\x163", worker.queue)).messages();
+    let [again] = again.try_into().unwrap();
+    let headers = &again["headers"];
+    for name in [
+        "shadow",
+        "expires",
+        "group",
+        "group_index",
+        "timelimit",
+        "root_id",
+        "origin",
+        "ignore_result",
+        "replaced_task_nesting",
+        "stamped_headers",
+        "stamps",
+        "custom",
+    ] {
+        assert_eq!(headers[name], before[name], "{name}: {headers:#}");
+    }
+    assert_eq!(headers["retries"], 2);
+    // As Celery: a task without a parent becomes its own.
+    assert_eq!(headers["parent_id"], json!(id));
+    assert_eq!(headers["x-death"], Value::Null);
+    let eta = headers["eta"].as_str().unwrap();
+    assert!(chrono::DateTime::parse_from_rfc3339(eta).unwrap() > chrono::Utc::now());
+    assert_eq!(again["properties"]["priority"], 3);
+    assert_eq!(again["properties"]["reply_to"], "nobody");
+    let body = super::support::raw::body(&again);
+    assert_eq!(body, json!([arguments, {}, embed]));
+}
