@@ -108,22 +108,15 @@ impl RabbitApi {
         list.as_array().expect("a list of messages").clone()
     }
 
-    /// Closes every connection of workers to a virtual host that is listed, as an operator would.
-    /// One that was just made may not be listed yet.
+    /// Closes every connection to a virtual host that is listed, as an operator would; one that
+    /// was just made may not be listed yet.
     #[track_caller]
     pub fn close_connections(&mut self, vhost: &str) {
         let vhost = vhost.replace("%2F", "/");
         // The list of one virtual host is made of statistics, which are switched off.
         let list = self.request("GET", "connections", &Value::Null);
         let all = list.as_array().expect("a list of connections").iter();
-        // Workers name themselves. A client sends again what was not confirmed, and what was sent
-        // twice runs twice.
-        let of_worker = |connection: &&Value| {
-            let properties = &connection["client_properties"];
-            let name = properties["connection_name"].as_str().unwrap_or_default();
-            connection["vhost"] == vhost.as_str() && (properties.is_null() || name.contains('@'))
-        };
-        for connection in all.filter(of_worker) {
+        for connection in all.filter(|connection| connection["vhost"] == vhost.as_str()) {
             let name = connection["name"].as_str().expect("a name");
             let path = format!(
                 "connections/{}",

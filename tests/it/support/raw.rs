@@ -1,6 +1,7 @@
 //! Task messages handed to a broker byte by byte, and results read from Redis without a client:
 //! for tests that send what no client would, and for those whose servers go away under them.
 
+use std::collections::HashSet;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
@@ -24,6 +25,11 @@ pub struct Raw {
     queue: String,
     connection: Option<redis::Connection>,
     rabbit: Option<Rabbit>,
+    /// Times the last message was sent.
+    tries: u32,
+    /// Ids of messages that were sent again because their connection broke: they may be there
+    /// twice, and then they run twice.
+    pub resent: HashSet<String>,
 }
 
 /// Where messages go that do not go to Redis.
@@ -42,6 +48,8 @@ impl Raw {
             queue: queue.to_owned(),
             connection: None,
             rabbit: None,
+            tries: 0,
+            resent: HashSet::new(),
         }
     }
 
@@ -71,7 +79,9 @@ impl Raw {
                     .get_connection_with_timeout(Duration::from_secs(5))
                     .ok();
             }
-            let outcome = what(self.connection.as_mut()?);
+            let connection = self.connection.as_mut()?;
+            self.tries += 1;
+            let outcome = what(connection);
             if outcome.is_err() {
                 self.connection = None;
             }
@@ -101,7 +111,11 @@ impl Raw {
     pub fn send_with(&mut self, task: &str, arguments: Value, headers: &Value) -> String {
         let id = uuid::Uuid::new_v4().to_string();
         let message = envelope(&self.queue, task, &id, &arguments, headers);
+        self.tries = 0;
         self.push_envelope(&message);
+        if self.tries > 1 {
+            self.resent.insert(id.clone());
+        }
         id
     }
 
@@ -143,6 +157,7 @@ impl Raw {
             envelope,
         };
         let rabbit = self.rabbit.as_mut().expect("the broker is RabbitMQ");
+        let tries = &mut self.tries;
         wait_for(&format!("RabbitMQ at {}", rabbit.url), PATIENCE, || {
             RUNTIME.block_on(async {
                 if rabbit.channel.is_none() {
@@ -150,7 +165,9 @@ impl Raw {
                     let transport = AmqpTransport::new(&[url], Options::default());
                     rabbit.channel = transport.expect("a transport").connect().await.ok();
                 }
-                let sent = rabbit.channel.as_ref()?.publish(publication.clone()).await;
+                let channel = rabbit.channel.as_ref()?;
+                *tries += 1;
+                let sent = channel.publish(publication.clone()).await;
                 if sent.is_err() {
                     rabbit.channel = None;
                 }
