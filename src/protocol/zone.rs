@@ -6,13 +6,13 @@
 //! the IANA database, which is part of the binary, for an image may have none. Does not know
 //! what time it is. Answers for `Celery.timezone` and `celery.utils.time.maybe_make_aware`.
 
-use chrono::{DateTime, Local, Offset, TimeZone, Utc};
-use chrono_tz::Tz;
+use chrono::{DateTime, FixedOffset, Local, Offset, TimeZone as _, Utc};
+use jiff::tz::{TimeZone, TimeZoneDatabase};
 
 use super::time::Timestamp;
 
 /// A zone, and with it for every moment the offset from UTC.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Zone {
     /// Coordinated universal time.
     #[default]
@@ -20,11 +20,11 @@ pub enum Zone {
     /// What the machine says, by `TZ` or /etc/localtime.
     Machine,
     /// A zone of the IANA database.
-    Named(Tz),
+    Named(TimeZone),
 }
 
 /// Both zones of an application.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Zones {
     /// For times that are made here.
     pub own: Zone,
@@ -38,7 +38,10 @@ impl Zone {
         if name == "UTC" {
             return Ok(Self::Utc);
         }
-        name.parse().map(Self::Named).map_err(|_| {
+        let found = TimeZoneDatabase::bundled().get(name).ok();
+        // Names are told apart by case, as on the file systems Python reads them from.
+        let found = found.filter(|zone| zone.iana_name() == Some(name));
+        found.map(Self::Named).ok_or_else(|| {
             format!(
                 "there is no time zone '{name}'; zones are named as in the IANA database, such as \
                  UTC or Asia/Seoul"
@@ -52,10 +55,19 @@ impl Zone {
         let offset = match self {
             Self::Utc => Utc.fix(),
             Self::Machine => Local.offset_from_utc_datetime(&utc).fix(),
-            Self::Named(zone) => zone.offset_from_utc_datetime(&utc).fix(),
+            Self::Named(zone) => offset_of(zone, moment),
         };
         moment.with_timezone(&offset)
     }
+}
+
+/// The offset of a zone; a moment beyond the calendar of the database is shown in UTC.
+fn offset_of(zone: &TimeZone, moment: &DateTime<Utc>) -> FixedOffset {
+    let moment = jiff::Timestamp::from_second(moment.timestamp()).ok();
+    let seconds = moment.map(|moment| zone.to_offset(moment).seconds());
+    seconds
+        .and_then(FixedOffset::east_opt)
+        .unwrap_or_else(|| Utc.fix())
 }
 
 impl Zones {
@@ -64,7 +76,7 @@ impl Zones {
         match timezone.filter(|name| !name.is_empty()) {
             Some(name) => {
                 let zone = Zone::named(name)?;
-                let (own, naive) = (zone, zone);
+                let (own, naive) = (zone.clone(), zone);
                 Ok(Self { own, naive })
             }
             None => Ok(Self {
@@ -117,6 +129,7 @@ mod tests {
         }
         let error = Zone::named("Mars/Olympus").unwrap_err();
         assert!(error.contains("'Mars/Olympus'") && error.contains("Asia/Seoul"));
+        assert!(Zone::named("asia/seoul").is_err());
     }
 
     #[test]
@@ -128,7 +141,7 @@ mod tests {
         let seoul = Zone::named("Asia/Seoul").unwrap();
         for utc in [true, false] {
             let zones = zones(Some("Asia/Seoul"), utc);
-            assert_eq!((zones.own, zones.naive), (seoul, seoul));
+            assert_eq!((&zones.own, &zones.naive), (&seoul, &seoul));
         }
     }
 }
