@@ -113,8 +113,9 @@ impl Elections {
             .send(&Event::new("worker-elect-ack").with("id", id));
     }
 
-    /// Somebody has seen a claim; `others` workers are alive beside this one.
-    pub fn acknowledged(&self, worker: &Arc<Worker>, event: &Received, others: usize) {
+    /// Somebody has seen a claim; `others` workers are alive beside this one. Without knowing
+    /// them two workers could each decide by another set of claims, so `None` leaves it to time.
+    pub fn acknowledged(&self, worker: &Arc<Worker>, event: &Received, others: Option<usize>) {
         let Some(id) = event.fields.get("id").and_then(Value::as_str) else {
             return;
         };
@@ -124,7 +125,7 @@ impl Elections {
                 return;
             };
             election.acknowledged += 1;
-            if election.is_ripe(others) {
+            if others.is_some_and(|others| election.is_ripe(others)) {
                 open.remove(id)
             } else {
                 None

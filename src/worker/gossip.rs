@@ -14,7 +14,11 @@ use crate::events::{self, Received, Receiver};
 use crate::transport::Channel;
 
 /// How often silent neighbours and open elections are looked at.
-const CHECK: Duration = Duration::from_secs(5);
+const CHECK: Duration = Duration::from_secs(1);
+/// How long a neighbour that missed its heartbeats may still come back unnoticed.
+const GRACE: Duration = Duration::from_secs(5);
+/// Until then not every neighbour has sent a heartbeat.
+const YOUTH: Duration = Duration::from_secs(3);
 /// Heartbeats that a worker may miss and still count as alive.
 const MISSED: f64 = 2.0;
 
@@ -56,7 +60,7 @@ impl Neighbours {
 
     fn forget_silent(&mut self) {
         self.0.retain(|node, (since, freq)| {
-            let alive = since.elapsed().as_secs_f64() < *freq * MISSED + CHECK.as_secs_f64();
+            let alive = since.elapsed().as_secs_f64() < *freq * MISSED + GRACE.as_secs_f64();
             if !alive {
                 log::info!("missed heartbeat from {node}");
             }
@@ -72,6 +76,7 @@ pub async fn gossip(worker: Arc<Worker>, channel: Arc<dyn Channel>, driver: &'st
     let receiver = Receiver::subscribe(&channel, exchange, &keys, worker.clock.clone(), None).await;
     let Ok(mut receiver) = receiver else { return };
     let mut neighbours = Neighbours::default();
+    let began = Instant::now();
     let mut warned = false;
     let mut check = tokio::time::interval(CHECK);
     loop {
@@ -87,9 +92,9 @@ pub async fn gossip(worker: Arc<Worker>, channel: Arc<dyn Channel>, driver: &'st
         match event.kind.as_str() {
             "worker-elect" => worker.elections.candidate(&worker, &event),
             "worker-elect-ack" => {
-                worker
-                    .elections
-                    .acknowledged(&worker, &event, neighbours.alive())
+                let known = began.elapsed() >= YOUTH;
+                let others = known.then(|| neighbours.alive());
+                worker.elections.acknowledged(&worker, &event, others)
             }
             _ => {}
         }
