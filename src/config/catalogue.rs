@@ -876,9 +876,10 @@ mod tests {
 
     #[test]
     fn the_document_tells_what_the_tables_say() {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/settings.md");
+        let root = std::env::var("CARGO_MANIFEST_DIR").expect("cargo says where the project is");
+        let path = format!("{root}/docs/settings.md");
         if std::env::var_os("UPDATE_DOCS").is_some() {
-            std::fs::write(path, document()).unwrap();
+            std::fs::write(&path, document()).unwrap();
         }
         let written = std::fs::read_to_string(path).unwrap();
         assert!(

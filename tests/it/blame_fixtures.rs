@@ -3,18 +3,17 @@
 //! The scripts in `tests/fixtures` make repositories with git, and git says what is right; no expected value is
 //! written down.
 
-use std::path::Path;
-
 use celeriac::blame::{Options, Whitespace};
 
 use celeriac::git::{Oid, Repository, ignored};
 
 use crate::blame_oracle::{by_engine, by_git, count, differences, git, neutral};
+use crate::support::project;
 
 /// Makes the repository of a script and compares, by file and commit, with several options.
 fn check(script: &str) {
     let directory = tempfile::tempdir().unwrap();
-    let scripts = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    let scripts = project().join("tests/fixtures");
     let done = neutral("sh")
         .arg(scripts.join(script))
         .current_dir(directory.path())
@@ -126,7 +125,7 @@ macro_rules! fixtures {
 
         #[test]
         fn every_script_has_its_test() {
-            let scripts = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+            let scripts = project().join("tests/fixtures");
             for entry in std::fs::read_dir(scripts).unwrap() {
                 let name = entry.unwrap().file_name().into_string().unwrap();
                 if !name.ends_with(".sh") {

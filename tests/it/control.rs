@@ -172,10 +172,14 @@ fn autoscale_follows_the_load_and_obeys_its_command(broker: &Broker) {
         gate.open();
     }
     // In one step or two: as the tasks end together or one after the other.
-    wait_for("a pool at its smallest size", Duration::from_secs(20), || {
-        let stats = call(&worker, "stats", json!({}));
-        (stats["autoscaler"]["current"] == 1).then_some(())
-    });
+    wait_for(
+        "a pool at its smallest size",
+        Duration::from_secs(20),
+        || {
+            let stats = call(&worker, "stats", json!({}));
+            (stats["autoscaler"]["current"] == 1).then_some(())
+        },
+    );
     worker.wait_log("Scaling down ");
     let reply = call(&worker, "autoscale", json!({"max": 5, "min": 2}));
     assert_eq!(reply, json!({"ok": "autoscale now max=5 min=2"}));

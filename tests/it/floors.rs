@@ -5,7 +5,9 @@
 //! as the code that needs it, with the reason in the commit's body.
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+
+use crate::support::project;
 
 /// Imports only go down: a directory imports from its own floor or below, never from above.
 const FLOORS: &[&[&str]] = &[
@@ -229,9 +231,7 @@ impl SourceFile {
 /// All of src/, sorted. Files named `tests.rs` may look behind every curtain, as modules
 /// under `#[cfg(test)]` may.
 fn source_files() -> Vec<SourceFile> {
-    // At run time, not at compile time: the shared build directory outlives a checkout.
-    let root = std::env::var("CARGO_MANIFEST_DIR").expect("cargo says where the project is");
-    let root = Path::new(&root).join("src");
+    let root = project().join("src");
     let mut waiting = vec![root.clone()];
     let mut paths = BTreeSet::new();
     while let Some(directory) = waiting.pop() {

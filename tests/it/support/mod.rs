@@ -27,9 +27,11 @@ pub use waiting::wait_for;
 #[allow(unused_imports, reason = "used as soon as the worker runs")]
 pub use worker::Worker;
 
-/// The project's directory.
-pub fn project() -> &'static std::path::Path {
-    std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
+/// The project's directory: asked at run time, since a shared build directory outlives a checkout.
+pub fn project() -> std::path::PathBuf {
+    std::env::var_os("CARGO_MANIFEST_DIR")
+        .expect("cargo says where the project is")
+        .into()
 }
 
 /// A name nobody else uses: for queues, databases, nodes.
