@@ -15,7 +15,7 @@ use crate::support::python::{Python, interpreter};
 use crate::support::services::Postgres;
 use crate::support::{
     Broker, GitServer, Proxy, Raw, RedisServer, Repository, Worker, on_brokers, project, services,
-    wait_for,
+    unique, wait_for,
 };
 
 fn repository() -> Repository {
@@ -66,6 +66,37 @@ fn an_analysis_goes_on_elsewhere_within_five_seconds_of_a_kill(broker: &Broker) 
         assert!(second.log().contains(gone));
     }
     assert_eq!(second.log().matches(&format!("[{id}] received")).count(), 1);
+}
+
+// A classic queue of RabbitMQ does not count.
+#[test]
+fn a_task_that_kills_three_workers_is_given_up() {
+    let broker = Broker::redis();
+    let postgres = services::postgres();
+    let repository = repository();
+    let server = GitServer::start();
+    let (url, gate) = server.gated(&repository);
+    let queue = unique("q");
+    let start = || broker.worker().queue(&queue).database(&postgres).start();
+    let mut raw = broker.raw(&queue);
+    let id = raw.send("analyze_repo_task", json!([1, url]));
+    for death in 1..=3 {
+        let mut worker = start();
+        gate.wait_arrivals(death);
+        worker.kill();
+    }
+    let worker = start();
+    let meta = raw.wait(&id);
+    assert_eq!(meta["status"], "FAILURE");
+    assert_eq!(meta["result"]["exc_type"], "WorkerLostError");
+    assert_eq!(rows(&postgres), [(id, "FAILURE".to_owned())]);
+    raw.wait_drained();
+    assert_eq!(raw.quarantined(), 1);
+    // It stands in nobody's way.
+    let next = raw.send("test_task", json!(["next"]));
+    raw.value(&next);
+    gate.open();
+    drop(worker);
 }
 
 #[test]
