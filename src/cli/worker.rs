@@ -11,6 +11,7 @@ use super::{banner, connect};
 use crate::analysis;
 use crate::config::{self, Loaded, Settings};
 use crate::database::Keys;
+use crate::git::policy::Policy;
 use crate::logging;
 use crate::pool::{self, Sandbox};
 use crate::protocol::nodename::{self, Nodename};
@@ -301,6 +302,15 @@ fn check(settings: &Settings) -> anyhow::Result<()> {
     if let Some(text) = &settings.task_default_rate_limit {
         rate_limit::parse(text)
             .map_err(|_| anyhow!("CELERY_TASK_DEFAULT_RATE_LIMIT: '{text}' is no rate; example: CELERY_TASK_DEFAULT_RATE_LIMIT=10/m"))?;
+    }
+    if let Some(entry) = settings
+        .repo_hosts
+        .iter()
+        .find(|entry| !Policy::is_host(entry))
+    {
+        return Err(anyhow!(
+            "REPO_HOSTS: '{entry}' is no host; example: REPO_HOSTS=github.com,*.example.com,git.example.org:8443"
+        ));
     }
     if let Some(text) = &settings.user_rate_limit {
         rate_limit::parse(text).map_err(|_| {

@@ -24,6 +24,21 @@ pub struct Policy {
 }
 
 impl Policy {
+    /// Whether an entry of `hosts` can mean anything: a name or an address, perhaps with a port, no URL.
+    pub fn is_host(entry: &str) -> bool {
+        let entry = entry.trim();
+        let (name, port) = match entry.rsplit_once(':') {
+            Some((name, port)) if !name.contains(':') => (name, Some(port)),
+            _ => (entry, None),
+        };
+        let name = name.strip_prefix('*').unwrap_or(name);
+        let name = name.strip_prefix('.').unwrap_or(name);
+        let letter = |c: char| c.is_alphanumeric() || "-_.:[]".contains(c);
+        !name.is_empty()
+            && name.chars().all(letter)
+            && port.is_none_or(|port| port.parse::<u16>().is_ok_and(|port| port > 0))
+    }
+
     /// Whether the allow-list names this host and port.
     pub fn allows_host(&self, host: &str, port: u16) -> bool {
         self.hosts.is_empty()

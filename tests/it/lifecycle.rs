@@ -324,6 +324,13 @@ fn what_is_set_wrongly_is_named_with_its_value_and_a_correct_one() {
             "VISIBILITY_TIMEOUT=",
         ),
         ("CELERY_TASK_DEFAULT_RATE_LIMIT", "10/x", "10/x", "=10/m"),
+        (
+            "REPO_HOSTS",
+            "github.com,https://gitlab.com/",
+            "https://gitlab.com/",
+            "REPO_HOSTS=github.com",
+        ),
+        ("REPO_HOSTS", "git.example.org:ssh", ":ssh", ":8443"),
     ];
     for (variable, value, shown, example) in cases {
         let output = refuse(&[], &[(variable, value)]);
