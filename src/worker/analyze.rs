@@ -19,8 +19,10 @@ use super::{Worker, execute, report, token};
 use crate::analysis::{Answer, Progress, Report, Stage, Work};
 use crate::database::{Begun, Completed, Ended, Error, Run, State as RunState};
 use crate::pool::{Event, Failure, Job, Outcome, Slot};
+use crate::protocol::arguments::bind;
 use crate::protocol::exception::Exception;
 use crate::protocol::state::State;
+use crate::tasks::Kind;
 use crate::tasks::analyze_repo::{Call, completed, progress_meta};
 
 /// At most so often is progress stored.
@@ -94,18 +96,39 @@ pub async fn run(
         request.fence();
     }
     let verdict = judge(worker, request, &call, &run, found).await;
-    if let Some(ended) = ended(&verdict) {
-        let failed = fail(worker, &run, &ended);
-        match tokio::time::timeout(ENTER_PATIENCE, failed).await {
-            Ok(Ok(_)) => {}
-            Ok(Err(error)) => log::warn!("Task {}: {error}", request.label()),
-            Err(_) => log::warn!(
-                "Task {}: the database did not take the failure",
-                request.label()
-            ),
-        }
-    }
+    enter_end(worker, request, &run, &verdict).await;
     verdict
+}
+
+/// Enters in the database that a task is not tried again, if it is an analysis.
+pub async fn given_up(worker: &Worker, request: &Request, exception: &Exception) {
+    let entry = worker.registry.get(request.name);
+    let parameters = entry.and_then(|entry| entry.parameters.as_ref());
+    let (Kind::AnalyzeRepo, Some(parameters)) = (request.kind, parameters) else {
+        return;
+    };
+    // Arguments that make no call never came to a row.
+    let message = &request.message;
+    let call = bind(parameters, &message.args, &message.kwargs).map(|bound| Call::new(&bound));
+    if let Ok(Ok(call)) = call {
+        let run = call.run(request.id(), &worker.settings, &worker.node);
+        let verdict = Verdict::WorkerLost(exception.clone());
+        enter_end(worker, request, &run, &verdict).await;
+    }
+}
+
+/// Enters how a run that did not succeed has ended.
+async fn enter_end(worker: &Worker, request: &Request, run: &Run, verdict: &Verdict) {
+    let Some(ended) = ended(verdict) else { return };
+    let failed = fail(worker, run, &ended);
+    match tokio::time::timeout(ENTER_PATIENCE, failed).await {
+        Ok(Ok(_)) => {}
+        Ok(Err(error)) => log::warn!("Task {}: {error}", request.label()),
+        Err(_) => log::warn!(
+            "Task {}: the database did not take the failure",
+            request.label()
+        ),
+    }
 }
 
 async fn begin(worker: &Worker, run: &Run) -> Result<Begun, Error> {

@@ -5,12 +5,13 @@
 //! gets a FAILURE, and what nobody can process is kept in quarantine, not dropped.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::Value;
 
-use super::Worker;
 use super::effects::Verdict;
 use super::request::Request;
+use super::{Worker, analyze, execute};
 use crate::backend::{Meta, ReplyTo};
 use crate::events::Event;
 use crate::protocol::exception::Exception;
@@ -75,11 +76,11 @@ pub fn receive(worker: &Arc<Worker>, delivery: &Delivery) -> Option<Arc<Request>
         return None;
     }
     let request = Arc::new(Request::new(message, delivery, entry, &worker.settings));
+    worker.state.hold(&request);
     if delivery.deaths >= MOST_DEATHS {
         poisoned(worker, &request, delivery.deaths);
         return None;
     }
-    worker.state.hold(&request);
     Some(request)
 }
 
@@ -187,18 +188,23 @@ fn unregistered(worker: &Arc<Worker>, tag: Tag, message: Message) {
     });
 }
 
+/// Fails the task with all that follows from it, and keeps its message.
 fn poisoned(worker: &Arc<Worker>, request: &Arc<Request>, deaths: u32) {
     let text = format!(
         "{} was given up: it was delivered {deaths} times and its worker or child died each time",
         request.label()
     );
     log::error!("{text} (kept in quarantine)");
-    let exception = Exception::worker_lost(&text);
     let worker = worker.clone();
     let request = request.clone();
     tokio::spawn(async move {
-        fail(&worker, request.id(), &exception, request.reply_to()).await;
-        if let Some(tag) = request.settle() {
+        let exception = Exception::worker_lost(&text);
+        analyze::given_up(&worker, &request, &exception).await;
+        // Taken before the end is performed, so that it is not acknowledged.
+        let tag = request.settle();
+        let verdict = Verdict::Failure(exception);
+        execute::finish(&worker, &request, verdict, Duration::ZERO).await;
+        if let Some(tag) = tag {
             worker.link.quarantine(tag, text);
         }
     });

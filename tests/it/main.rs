@@ -17,6 +17,8 @@
     reason = "support offers more than the tests of one day use"
 )]
 
+/// Every kind of address that leads to a Redis.
+mod addresses;
 /// Everything that is particular to RabbitMQ.
 mod amqp;
 /// Analyses and tokens in PostgreSQL and SQLite.

@@ -46,8 +46,15 @@ impl Scripts {
 /// KEYS: task. ARGV: document, seconds to live or 0, known document or nothing.
 /// Returns 1 when stored, 0 when there is a success, or the document to be looked at.
 const STORE: &str = r#"
-local head = redis.call('GETRANGE', KEYS[1], 0, 20)
-if head ~= '' then
+local function set(...)
+  if ARGV[2] == '0' then
+    return redis.call('SET', KEYS[1], ARGV[1], ...)
+  end
+  return redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2], ...)
+end
+-- Most tasks have nothing stored yet, and one call says so.
+if not set('NX') then
+  local head = redis.call('GETRANGE', KEYS[1], 0, 20)
   if string.find(head, '^{"status": ?"SUCCESS"') then
     -- The very same document: an earlier try arrived and its answer was lost.
     return redis.call('GET', KEYS[1]) == ARGV[1] and 1 or 0
@@ -58,11 +65,7 @@ if head ~= '' then
       return there
     end
   end
-end
-if ARGV[2] == '0' then
-  redis.call('SET', KEYS[1], ARGV[1])
-else
-  redis.call('SETEX', KEYS[1], ARGV[2], ARGV[1])
+  set()
 end
 redis.call('PUBLISH', KEYS[1], ARGV[1])
 return 1

@@ -150,14 +150,18 @@ for i, count in pairs(taken) do
   elements[i] = redis.call('LRANGE', KEYS[4 + i], -count, -1)
 end
 
+-- Searched without the quote before it: a search tries every place with the first letter, and
+-- quotes are everywhere.
 local function once(raw, key)
-  local _, stop = string.find(raw, key, 1, true)
-  if stop and not string.find(raw, key, stop + 1, true) then return stop + 1 end
+  local start, stop = string.find(raw, key, 1, true)
+  if stop and string.byte(raw, start - 1) == 34 and not string.find(raw, key, stop + 1, true) then
+    return stop + 1
+  end
 end
 local function identify(raw, queue)
-  local at = once(raw, '"delivery_tag"')
+  local at = once(raw, 'delivery_tag"')
   local tag = at and string.match(raw, '^%s*:%s*"([^"\\%c]+)"', at)
-  at = tag and once(raw, '"delivery_info"')
+  at = tag and once(raw, 'delivery_info"')
   local info = at and string.match(raw, '^%s*:%s*{([^{}\\]*)}', at)
   if info then
     local exchange = string.match(info, '"exchange"%s*:%s*("[^"]*")')

@@ -20,7 +20,7 @@ pub use git_server::GitServer;
 pub use proxy::Proxy;
 pub use rabbit_server::RabbitServer;
 pub use raw::Raw;
-pub use redis_server::RedisServer;
+pub use redis_server::{RedisServer, fixed_port};
 pub use repository::Repository;
 pub use tls_front::TlsFront;
 pub use waiting::wait_for;

@@ -1,6 +1,7 @@
 //! A Redis of one test's own, to be stopped, killed and started again under its clients.
 
 use std::net::{TcpListener, TcpStream};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -91,6 +92,16 @@ impl RedisServer {
         }
     }
 
+    /// Its port without TLS.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Where it keeps its files.
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
     /// A connection for looking behind the worker's back.
     pub fn connect(&self) -> redis::Connection {
         self.connection()
@@ -110,7 +121,7 @@ impl Drop for RedisServer {
 
 /// A free port below the range of outgoing connections, or one of them could take it while the
 /// server is down.
-fn fixed_port() -> u16 {
+pub fn fixed_port() -> u16 {
     loop {
         let random = uuid::Uuid::new_v4().as_u128() % 8000;
         let port = 12_000 + u16::try_from(random).expect("below 8000");
