@@ -27,6 +27,7 @@ const CONSUMER_TIMEOUT: f64 = 1800.0;
 
 /// The transport that the broker URL chooses.
 pub(super) fn transport(settings: &Settings, node: &str) -> anyhow::Result<Arc<dyn Transport>> {
+    own_queues(settings)?;
     let mut urls = BrokerUrl::parse_list(&settings.broker_url).map_err(|error| {
         let name = refused::address("QUEUE_BROKER_URL", &settings.broker_url);
         anyhow!("{name}: {error}")
@@ -43,6 +44,31 @@ pub(super) fn transport(settings: &Settings, node: &str) -> anyhow::Result<Arc<d
     } else {
         amqp_transport(settings, node, &urls)
     }
+}
+
+/// A queue of one connection goes with it and cannot outlive the broker.
+fn own_queues(settings: &Settings) -> anyhow::Result<()> {
+    for (name, durable, exclusive) in [
+        (
+            "CONTROL",
+            settings.control_queue_durable,
+            settings.control_queue_exclusive,
+        ),
+        (
+            "EVENT",
+            settings.event_queue_durable,
+            settings.event_queue_exclusive,
+        ),
+    ] {
+        if durable && exclusive {
+            bail!(
+                "CELERY_{name}_QUEUE_DURABLE and CELERY_{name}_QUEUE_EXCLUSIVE cannot both be \
+                 true: an exclusive queue goes with its connection. Set \
+                 CELERY_{name}_QUEUE_EXCLUSIVE=false"
+            );
+        }
+    }
+    Ok(())
 }
 
 fn redis_transport(

@@ -21,6 +21,7 @@ use crate::events::{self, Received, Receiver};
 use crate::pidbox::Request;
 use crate::protocol::clock::Clock;
 use crate::transport::Transport;
+use crate::worker::heart;
 
 /// A table that changes more often cannot be read.
 const REDRAW: Duration = Duration::from_millis(100);
@@ -96,6 +97,7 @@ async fn capture(
     let mut receiver = Receiver::subscribe(
         &channel,
         exchange,
+        &heart::ear(settings),
         &["#".to_owned()],
         Clock::default(),
         None,

@@ -16,9 +16,10 @@ use super::output::{print, print_error};
 use super::paint::{Colour, Paint};
 use super::{connect, global_overrides, python};
 use crate::config::{self, Settings};
-use crate::pidbox::{self, Addresses, Mailbox, Reply, Request};
+use crate::pidbox::{self, Mailbox, Reply, Request};
 use crate::protocol::saferepr;
 use crate::protocol::serialization::Accept;
+use crate::worker::heart;
 
 /// Nobody answered, or the broker is away (`EX_UNAVAILABLE`).
 const UNAVAILABLE: i32 = 69;
@@ -64,11 +65,7 @@ pub(super) fn mailbox(
 ) -> anyhow::Result<Mailbox> {
     let accept = Accept::from_names(settings.accept_content.iter().map(String::as_str))
         .map_err(|error| anyhow!("CELERY_ACCEPT_CONTENT: {error}"))?;
-    let addresses = Addresses {
-        namespace: settings.control_exchange.clone(),
-        ..Addresses::default()
-    };
-    Ok(Mailbox::new(channel, addresses, accept))
+    Ok(Mailbox::new(channel, heart::addresses(settings), accept))
 }
 
 /// Asks, handing out each reply as it comes; returns all of them, or the exit code of what was

@@ -270,14 +270,34 @@ settings! {
     worker_soft_shutdown_timeout: f64 = 0.0;
     /// Waits that time even without running tasks (for ETA tasks).
     worker_enable_soft_shutdown_on_idle: bool = false;
+    /// Shown by `conf`; the log is the worker's own anyhow.
+    worker_hijack_root_logger: bool = true;
     /// Colours in the log; absent: on a terminal.
     worker_log_color: Option<bool> = None;
     /// Remote-control commands that are refused, such as shutdown,pool_restart,terminate.
     worker_disabled_commands: Vec<String> = Vec::new();
     /// Exchange of remote control.
     control_exchange: String = text("celery");
+    /// Seconds that remote-control messages wait for their reader (RabbitMQ).
+    control_queue_ttl: Option<f64> = Some(300.0);
+    /// Seconds after which a queue of remote control that nobody reads is removed.
+    control_queue_expires: Option<f64> = Some(10.0);
+    /// Lets a queue of remote control belong to one connection (RabbitMQ).
+    control_queue_exclusive: bool = true;
+    /// Makes the worker's queue of remote control outlive the broker (RabbitMQ).
+    control_queue_durable: bool = false;
     /// Exchange of events.
     event_exchange: String = text("celeryev");
+    /// First word in the names of queues that receive events.
+    event_queue_prefix: String = text("celeryev");
+    /// Seconds that events wait for their reader (RabbitMQ).
+    event_queue_ttl: Option<f64> = Some(5.0);
+    /// Seconds after which a queue of events that nobody reads is removed.
+    event_queue_expires: Option<f64> = Some(60.0);
+    /// Lets a queue of events belong to one connection (RabbitMQ).
+    event_queue_exclusive: bool = true;
+    /// Makes a queue of events outlive the broker (RabbitMQ).
+    event_queue_durable: bool = false;
     /// PostgreSQL or SQLite; absent: an embedded SQLite file.
     database_url: Option<String> = None, variables = ["DATABASE_URL"], secret = true;
     /// Allows file:// and loopback repositories; for development.

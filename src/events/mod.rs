@@ -17,7 +17,7 @@ mod receiver;
 pub use dispatcher::{Dispatcher, Options, Toggle};
 pub use event::{Event, Software, WorkerStatus, load_average};
 pub use heart::Heart;
-pub use receiver::{Received, Receiver, parse};
+pub use receiver::{Ear, Received, Receiver, parse};
 
 /// Default of `event_exchange`.
 pub const EXCHANGE: &str = "celeryev";

@@ -30,6 +30,21 @@ pub struct Received {
     pub fields: Map<String, Value>,
 }
 
+/// What the queue of a subscription is like.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Ear {
+    /// `event_queue_prefix`.
+    pub prefix: String,
+    /// `event_queue_ttl` in seconds.
+    pub ttl: Option<f64>,
+    /// `event_queue_expires` in seconds.
+    pub expires: Option<f64>,
+    /// `event_queue_exclusive`.
+    pub exclusive: bool,
+    /// `event_queue_durable`.
+    pub durable: bool,
+}
+
 /// A subscription to events.
 pub struct Receiver {
     deliveries: mpsc::Receiver<Delivery>,
@@ -38,23 +53,36 @@ pub struct Receiver {
     pending: std::vec::IntoIter<Received>,
 }
 
+impl Default for Ear {
+    fn default() -> Self {
+        Self {
+            prefix: "celeryev".to_owned(),
+            ttl: Some(5.0),
+            expires: Some(60.0),
+            exclusive: true,
+            durable: false,
+        }
+    }
+}
+
 impl Receiver {
     /// Subscribes by patterns such as `#` or `worker.#`. Events of the node `own` are left out.
     pub async fn subscribe(
         channel: &Arc<dyn Channel>,
         exchange: Exchange,
+        ear: &Ear,
         routing_keys: &[String],
         clock: Clock,
         own: Option<String>,
     ) -> Result<Self, Error> {
-        let name = format!("celeryev.{}", Uuid::new_v4());
+        let name = format!("{}.{}", ear.prefix, Uuid::new_v4());
         let key = routing_keys.first().map_or("#", String::as_str);
         let queue = Queue {
-            durable: false,
-            exclusive: true,
-            auto_delete: true,
-            expires: Some(60.0),
-            message_ttl: Some(5.0),
+            durable: ear.durable,
+            exclusive: ear.exclusive,
+            auto_delete: !ear.durable,
+            expires: ear.expires,
+            message_ttl: ear.ttl,
             ..Queue::bound(name, exchange, key)
         };
         let deliveries = channel.subscribe(&queue, routing_keys).await?;
@@ -162,7 +190,7 @@ fn received(event: Value, sender: Option<&str>, clock: &Clock) -> Option<Receive
 mod tests {
     use serde_json::json;
 
-    use super::{Receiver, parse};
+    use super::{Ear, Receiver, parse};
     use crate::events::{Dispatcher, Event, Options, exchange};
     use crate::protocol::clock::Clock;
     use crate::protocol::envelope::Envelope;
@@ -232,6 +260,7 @@ mod tests {
         let mut receiver = Receiver::subscribe(
             &ours,
             exchange.clone(),
+            &Ear::default(),
             &["worker.#".to_owned()],
             Clock::default(),
             Some("me@h".to_owned()),

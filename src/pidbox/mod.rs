@@ -33,6 +33,8 @@ pub struct Addresses {
     pub queue_expires: Option<f64>,
     /// `control_queue_exclusive`.
     pub exclusive: bool,
+    /// `control_queue_durable`: the queue of a node stays where the node is gone.
+    pub durable: bool,
 }
 
 /// Why a request could not be made, or could not be understood.
@@ -63,6 +65,7 @@ impl Default for Addresses {
             queue_ttl: Some(300.0),
             queue_expires: Some(10.0),
             exclusive: true,
+            durable: false,
         }
     }
 }
@@ -85,10 +88,14 @@ impl Addresses {
     /// The queue of a node.
     pub fn node_queue(&self, hostname: &str) -> Queue {
         let exchange = self.exchange();
-        self.queue(format!("{hostname}.{}", exchange.name), exchange, "")
+        Queue {
+            durable: self.durable,
+            auto_delete: !self.durable,
+            ..self.queue(format!("{hostname}.{}", exchange.name), exchange, "")
+        }
     }
 
-    /// The queue that replies to the asker `oid` wait in.
+    /// The queue that replies to the asker `oid` wait in; never longer than the asker does.
     pub fn reply_queue(&self, oid: &str) -> Queue {
         let exchange = self.reply_exchange();
         self.queue(format!("{oid}.{}", exchange.name), exchange, oid)

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use super::Worker;
+use super::{Worker, heart};
 use crate::events::{self, Received, Receiver};
 use crate::transport::Channel;
 
@@ -73,7 +73,9 @@ impl Neighbours {
 pub async fn gossip(worker: Arc<Worker>, channel: Arc<dyn Channel>, driver: &'static str) {
     let exchange = events::exchange(&worker.settings.event_exchange, driver);
     let keys = ["worker.#".to_owned()];
-    let receiver = Receiver::subscribe(&channel, exchange, &keys, worker.clock.clone(), None).await;
+    let ear = heart::ear(&worker.settings);
+    let clock = worker.clock.clone();
+    let receiver = Receiver::subscribe(&channel, exchange, &ear, &keys, clock, None).await;
     let Ok(mut receiver) = receiver else { return };
     let mut neighbours = Neighbours::default();
     let began = Instant::now();

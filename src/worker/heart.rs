@@ -16,7 +16,7 @@ use super::controller::Neighbours;
 use super::gossip::gossip;
 use super::mingle::mingle;
 use crate::config::Settings;
-use crate::events::{self, Dispatcher, Heart, Software, WorkerStatus, load_average};
+use crate::events::{self, Dispatcher, Ear, Heart, Software, WorkerStatus, load_average};
 use crate::pidbox::{self, Addresses, Mailbox, Node};
 use crate::protocol::clock::Clock;
 use crate::protocol::serialization::Accept;
@@ -44,10 +44,24 @@ pub fn dispatcher(
 }
 
 /// Where remote control listens.
-pub(super) fn addresses(settings: &Settings) -> Addresses {
+pub fn addresses(settings: &Settings) -> Addresses {
     Addresses {
         namespace: settings.control_exchange.clone(),
-        ..Addresses::default()
+        queue_ttl: settings.control_queue_ttl,
+        queue_expires: settings.control_queue_expires,
+        exclusive: settings.control_queue_exclusive,
+        durable: settings.control_queue_durable,
+    }
+}
+
+/// What a queue is like that receives events.
+pub fn ear(settings: &Settings) -> Ear {
+    Ear {
+        prefix: settings.event_queue_prefix.clone(),
+        ttl: settings.event_queue_ttl,
+        expires: settings.event_queue_expires,
+        exclusive: settings.event_queue_exclusive,
+        durable: settings.event_queue_durable,
     }
 }
 

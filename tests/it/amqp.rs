@@ -459,3 +459,35 @@ answer(len(values))
     worker.wait_log("Global QoS is disabled");
     assert_eq!(worker.log().matches("Connected to").count(), 1);
 }
+
+#[test]
+fn queues_of_control_and_events_are_made_as_the_settings_say() {
+    let broker = services::rabbitmq();
+    let settings = [
+        ("CELERY_CONTROL_QUEUE_EXCLUSIVE", "false"),
+        ("CELERY_CONTROL_QUEUE_DURABLE", "true"),
+        ("CELERY_CONTROL_QUEUE_TTL", "100"),
+        ("CELERY_CONTROL_QUEUE_EXPIRES", "20"),
+    ];
+    let worker = settings
+        .iter()
+        .fold(Worker::on(&broker), |worker, (name, value)| {
+            worker.env(name, value)
+        })
+        .start();
+    // RabbitMQ refuses a declaration that differs from what is there.
+    let script = "
+from celery.app.control import Control
+app.conf.update(control_queue_exclusive=False, control_queue_durable=True,
+                control_queue_ttl=100.0, control_queue_expires=20.0)
+with app.connection() as connection:
+    queue = Control(app).mailbox.get_queue(sys.argv[1])(connection.default_channel)
+    answer([queue.queue_declare(passive=True)[0], queue.queue_declare()[0]])
+";
+    let name = format!("{}.celery.pidbox", worker.node);
+    assert_eq!(worker.ask(script, &[&worker.node]), json!([name, name]));
+    let both = Worker::on(&broker)
+        .env("CELERY_EVENT_QUEUE_DURABLE", "true")
+        .start_without_waiting();
+    both.wait_log("CELERY_EVENT_QUEUE_EXCLUSIVE=false");
+}

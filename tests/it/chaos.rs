@@ -134,7 +134,8 @@ fn a_worker_that_was_stopped_longer_than_its_lease_commits_nothing() {
 
 on_brokers!(a_mixed_fleet_loses_nothing_when_one_of_each_kind_is_killed);
 fn a_mixed_fleet_loses_nothing_when_one_of_each_kind_is_killed(broker: &Broker) {
-    const TASKS: usize = 300;
+    let given = std::env::var("FLEET_TASKS").ok();
+    let count: usize = given.map_or(300, |text| text.parse().unwrap());
     let repository = repository();
     let url = address(&repository);
     let start = |queue: &str| {
@@ -155,7 +156,7 @@ fn a_mixed_fleet_loses_nothing_when_one_of_each_kind_is_killed(broker: &Broker) 
     wait_for("the Python worker", Duration::from_secs(40), || {
         python.0.log().contains("ready.").then_some(())
     });
-    let ids: Vec<String> = (0..TASKS)
+    let ids: Vec<String> = (0..count)
         .map(|_| raw.send("analyze_repo_task", json!([1, url])))
         .collect();
     let done = |raw: &mut Raw| {
@@ -215,6 +216,7 @@ fn under_load(
     broker: &mut Broker,
     worker: &Worker,
     calls: &[(&str, Value)],
+    every: Duration,
     disturb: impl FnOnce(&mut Broker, &mut Raw),
 ) -> HashSet<String> {
     let (stop, stopped) = std::sync::mpsc::channel::<()>();
@@ -227,7 +229,7 @@ fn under_load(
         let mut ids = Vec::new();
         for (name, arguments) in calls.iter().cycle() {
             ids.push(raw.send(name, arguments.clone()));
-            let pause = stopped.recv_timeout(Duration::from_millis(5));
+            let pause = stopped.recv_timeout(every);
             let timeout = std::sync::mpsc::RecvTimeoutError::Timeout;
             if pause != Err(timeout) && ids.len() >= 60 {
                 break;
@@ -248,20 +250,27 @@ fn under_load(
 
 on_brokers!(a_broker_restarts_under_load_and_work_resumes_at_once, own);
 fn a_broker_restarts_under_load_and_work_resumes_at_once(broker: &mut Broker) {
+    let given = std::env::var("BROKER_RESTARTS").ok();
+    let given: Option<u32> = given.map(|text| text.parse().unwrap());
+    let postgres = services::postgres();
     let repository = repository();
-    let worker = broker.worker().start();
+    let worker = broker.worker().database(&postgres).start();
     let calls = [
         ("test_task", json!(["load"])),
         ("analyze_repo_task", json!([1, address(&repository)])),
         ("test_task", json!(["more"])),
     ];
     // RabbitMQ needs seconds for each.
-    let rounds = if broker.is_redis() { 5 } else { 2 };
+    let rounds = given.unwrap_or(if broker.is_redis() { 5 } else { 2 });
+    // What is sent in many rounds must not pile up before what is waited for.
+    let every = Duration::from_millis(if given.is_some() { 50 } else { 5 });
     let mut resumed = Vec::new();
-    under_load(broker, &worker, &calls, |broker, raw| {
+    let resent = under_load(broker, &worker, &calls, every, |broker, raw| {
         for round in 0..rounds {
             let warm = raw.send("test_task", json!([round]));
             raw.value(&warm);
+            // Any moment of what is under way is as good as another.
+            std::thread::sleep(Duration::from_millis(rand_seed() % 200));
             broker.restart();
             let up = Instant::now();
             let again = raw.send("test_task", json!([round]));
@@ -269,7 +278,23 @@ fn a_broker_restarts_under_load_and_work_resumes_at_once(broker: &mut Broker) {
             resumed.push(up.elapsed());
         }
     });
+    committed_once(&postgres, &worker, &resent);
+    resumed.sort();
     eprintln!("resumed after {resumed:?}");
+}
+
+/// Every analysis is there, and was begun once unless its client sent it again.
+#[track_caller]
+fn committed_once(postgres: &Postgres, worker: &Worker, resent: &HashSet<String>) {
+    let states: HashSet<String> = rows(postgres).into_iter().map(|row| row.1).collect();
+    assert_eq!(states, HashSet::from(["SUCCESS".to_owned()]));
+    let twice = postgres.rows("SELECT task_id FROM analyses WHERE attempts > 1");
+    let log = worker.log();
+    let ids = twice.iter().filter_map(|row| row[0].as_deref());
+    let ids: Vec<&str> = ids.filter(|id| !resent.contains(*id)).collect();
+    let about = |line: &&str| ids.iter().any(|id| line.contains(id)) || line.contains("onnect");
+    let lines: Vec<&str> = log.lines().filter(about).collect();
+    assert!(ids.is_empty(), "ran twice: {ids:?}\n{}", lines.join("\n"));
 }
 
 on_brokers!(
@@ -284,22 +309,15 @@ fn closed_connections_are_made_again_and_nothing_is_lost_or_done_twice(broker: &
         ("test_task", json!(["load"])),
         ("analyze_repo_task", json!([1, address(&repository)])),
     ];
-    let resent = under_load(broker, &worker, &calls, |broker, raw| {
+    let every = Duration::from_millis(5);
+    let resent = under_load(broker, &worker, &calls, every, |broker, raw| {
         for round in 0..20 {
             broker.close_connections();
             let id = raw.send("test_task", json!([round]));
             raw.value(&id);
         }
     });
-    let states: HashSet<String> = rows(&postgres).into_iter().map(|row| row.1).collect();
-    assert_eq!(states, HashSet::from(["SUCCESS".to_owned()]));
-    let twice = postgres.rows("SELECT task_id FROM analyses WHERE attempts > 1");
-    let log = worker.log();
-    let ids = twice.iter().filter_map(|row| row[0].as_deref());
-    let ids: Vec<&str> = ids.filter(|id| !resent.contains(*id)).collect();
-    let about = |line: &&str| ids.iter().any(|id| line.contains(id)) || line.contains("onnect");
-    let lines: Vec<&str> = log.lines().filter(about).collect();
-    assert!(ids.is_empty(), "ran twice: {ids:?}\n{}", lines.join("\n"));
+    committed_once(&postgres, &worker, &resent);
 }
 
 on_brokers!(a_connection_that_leads_nowhere_is_given_up);

@@ -26,6 +26,7 @@ fn commands_answer_with_celerys_words(broker: &Broker) {
         ["rate_limit", {"task_name": "test_task", "rate_limit": "10/m"}, {"ok": "new rate limit set successfully"}],
         ["rate_limit", {"task_name": "test_task", "rate_limit": 0}, {"ok": "rate limit disabled successfully"}],
         ["registered", {}, ["analyze_repo_task", "test_task [rate_limit=0]"]],
+        ["registered", {"taskinfoitems": []}, ["analyze_repo_task", "test_task [rate_limit=0]"]],
         ["rate_limit", {"task_name": "test_task", "rate_limit": "0"}, {"ok": "new rate limit set successfully"}],
         ["rate_limit", {"task_name": "test_task", "rate_limit": null}, {"ok": "rate limit disabled successfully"}],
         ["rate_limit", {"task_name": "nope", "rate_limit": "1/s"}, {"error": "unknown task"}],

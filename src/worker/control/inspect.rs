@@ -3,7 +3,7 @@
 use nix::sys::resource::{UsageWho, getrusage};
 use serde_json::{Map, Value, json};
 
-use super::{Arguments, Control, Outcome, ok, type_name};
+use super::{Arguments, Control, Outcome, is_truthy, ok, type_name};
 use crate::config::Settings;
 use crate::events::{Event, Software};
 use crate::pidbox::CommandError;
@@ -67,7 +67,8 @@ impl Control {
     }
 
     pub(super) fn registered(&self, mut arguments: Arguments<'_>) -> Outcome {
-        let items = match arguments.take("taskinfoitems") {
+        // Clients send an empty list when they ask for nothing in particular.
+        let items = match arguments.take("taskinfoitems").filter(is_truthy) {
             Some(Value::Array(items)) => items
                 .iter()
                 .filter_map(Value::as_str)
