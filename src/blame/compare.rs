@@ -7,7 +7,7 @@
 use super::pending::{Node, Trie};
 use crate::git::objects::Reader;
 use crate::git::tree::{Pair, Type};
-use crate::git::tree_diff::{check_depth, push};
+use crate::git::tree_diff::{ENTRY, check_depth, push};
 use crate::git::{Error, Oid};
 
 /// A live file that is not the same in the parent; it was taken out of the trie.
@@ -83,6 +83,7 @@ impl<T> Comparison<'_, '_, T> {
             let Some(entry) = entries.read()? else {
                 break;
             };
+            self.reader.interrupt().work(ENTRY)?;
             let other = others.advance(&mut ahead, &entry)?;
             if other.is_some_and(|other| other.oid == entry.oid && other.kind() == entry.kind()) {
                 continue;

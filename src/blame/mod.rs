@@ -49,7 +49,7 @@ use crate::git::history::{self, History};
 use crate::git::mailmap::Mailmap;
 use crate::git::objects::{self, Reader};
 use crate::git::tree::Entries;
-use crate::git::{self, Oid, Repository};
+use crate::git::{self, Interrupt, Oid, Repository};
 
 pub use crate::git::line_diff::Whitespace;
 pub use summary::{Bounded, FileCommits, FileLines, Outcome, Skipped, Statistics};
@@ -107,6 +107,9 @@ impl Default for Options {
 pub struct Limits {
     /// Larger files at HEAD are skipped and named in the outcome.
     pub max_file_bytes: u64,
+    /// The same for files of more lines: an empty line is one byte, but takes 12 in memory. A
+    /// version in history that has more ends the search there, which the outcome names.
+    pub max_file_lines: usize,
     /// More files at HEAD, or removed by one commit, are an error.
     pub max_files: usize,
     /// Larger objects in history are an error, but larger versions of a file only end the
@@ -118,6 +121,7 @@ impl Default for Limits {
     fn default() -> Limits {
         Limits {
             max_file_bytes: 128 << 20,
+            max_file_lines: 16 << 20,
             max_files: 4_000_000,
             objects: objects::Limits::default(),
         }
@@ -210,7 +214,7 @@ pub fn blame(
     let prepared = started.elapsed();
 
     let threads = options.threads.max(1);
-    let files = survey.parts(threads);
+    let files = survey.parts(threads, &Interrupt::new(interrupt))?;
     let count = files.len() as u64;
     let advance = Advance::default();
     let report = || {
@@ -224,7 +228,7 @@ pub fn blame(
     report();
     let mut parts = Vec::new();
     for (place, files) in (0..).zip(files) {
-        let live = shard::all_lines(files)?;
+        let live = shard::all_lines(files, &Interrupt::new(interrupt))?;
         let mut part = Part {
             // What does not divide evenly goes to the first.
             share: WHOLE / count + if place == 0 { WHOLE % count } else { 0 },
@@ -255,7 +259,8 @@ pub fn blame(
     let walked = workers.run(jobs, &report)?;
     report();
 
-    let mut outcome = summary::summarise(&history, survey, walked, options)?;
+    let interrupt = Interrupt::new(interrupt);
+    let mut outcome = summary::summarise(&history, survey, walked, options, &interrupt)?;
     outcome.statistics.preparing = prepared;
     outcome.statistics.elapsed = started.elapsed();
     Ok(outcome)

@@ -13,11 +13,14 @@ use super::ranges::{self, Range};
 use super::shard::{Live, Shard};
 use super::{Bounded, Error};
 use crate::git::history::CommitIndex;
-use crate::git::line_diff::{Lines, Text, guess};
+use crate::git::line_diff::{Lines, Text, count_lines, guess};
 use crate::git::objects::{Object, Reader};
 use crate::git::rename::{Blobs, Candidate};
 use crate::git::tree_diff::{Leaf, deleted};
-use crate::git::{self, Oid};
+use crate::git::{self, Interrupt, Oid};
+
+/// What is looked for in ignored commits takes up to 200 bytes of memory for each line.
+const MOST_GUESSED: usize = 4 << 20;
 
 /// A file after a change, and before it.
 type Versions = (Rc<Object>, Rc<Object>);
@@ -272,11 +275,16 @@ impl Shard<'_> {
         if let Some((old, new)) = self.compare(commit, path, parent, child)?
             && let (Some(old_lines), Some(new_lines)) = (old.lines.get(), new.lines.get())
         {
+            if old.bytes.len().max(new.bytes.len()) > MOST_GUESSED {
+                let reason = format!(
+                    "versions above {MOST_GUESSED} bytes are not searched for what an ignored \
+                     commit changed"
+                );
+                self.bound_by(commit, path, reason);
+                return Ok(());
+            }
             let start = Instant::now();
-            let texts = [(&old, old_lines), (&new, new_lines)].map(|(object, lines)| Text {
-                bytes: &object.bytes,
-                lines,
-            });
+            let texts = texts([(&old, old_lines), (&new, new_lines)]);
             let interrupt = self.reader.interrupt();
             let guesses = guess(texts[0], texts[1], &self.hunks, interrupt)?;
             let (kept, passed) = (&mut self.kept, &mut self.passed);
@@ -309,25 +317,37 @@ impl Shard<'_> {
         };
         let whitespace = self.options.whitespace;
         // With files of a hundred megabytes each of these steps takes its time.
-        self.reader.check_interrupt()?;
-        let mut grown = 0;
-        let new_lines = new.lines.get_or_init(|| {
-            let lines = Lines::of(&new.bytes, whitespace);
-            grown += lines.memory();
-            lines
-        });
-        self.reader.check_interrupt()?;
-        let old_lines = old.lines.get_or_init(|| {
-            let lines = Lines::derive(&old.bytes, &new.bytes, new_lines, whitespace);
-            grown += lines.memory();
-            lines
-        });
-        let texts = [(&old, old_lines), (&new, new_lines)].map(|(object, lines)| Text {
-            bytes: &object.bytes,
-            lines,
-        });
-        self.reader.check_interrupt()?;
         let interrupt = self.reader.interrupt();
+        interrupt.look()?;
+        let most = self.options.limits.max_file_lines;
+        for version in [&new, &old] {
+            // There are not more lines than bytes, so hardly ever is anything counted here.
+            if version.lines.get().is_none()
+                && version.bytes.len() > most
+                && count_lines(&version.bytes, interrupt)? > most
+            {
+                let reason = format!("a version has more than {most} lines");
+                self.bound_by(commit, path, reason);
+                return Ok(None);
+            }
+        }
+        let mut grown = 0;
+        let mut keep = |object: &Object, lines: Lines| {
+            grown += lines.memory();
+            // It was empty a moment ago, and this thread alone has it.
+            let _ = object.lines.set(lines);
+        };
+        if new.lines.get().is_none() {
+            keep(&new, Lines::of_until(&new.bytes, whitespace, interrupt)?);
+        }
+        if let (None, Some(near)) = (old.lines.get(), new.lines.get()) {
+            let lines = Lines::derive_until(&old.bytes, &new.bytes, near, whitespace, interrupt)?;
+            keep(&old, lines);
+        }
+        let (Some(old_lines), Some(new_lines)) = (old.lines.get(), new.lines.get()) else {
+            unreachable!("because both were made just now");
+        };
+        let texts = texts([(&old, old_lines), (&new, new_lines)]);
         self.differ
             .diff_until(texts[0], texts[1], &mut self.hunks, interrupt)?;
         self.reader.grown(grown);
@@ -341,12 +361,16 @@ impl Shard<'_> {
         if !matches!(error, git::Error::TooLarge { .. }) {
             return Err(error.into());
         }
+        self.bound_by(commit, path, error.to_string());
+        Ok(())
+    }
+
+    fn bound_by(&mut self, commit: CommitIndex, path: &[u8], reason: String) {
         self.bounded.push(Bounded {
             commit: self.history.oid(commit),
             path: path.to_vec(),
-            reason: error.to_string(),
+            reason,
         });
-        Ok(())
     }
 
     fn is_ignored(&self, commit: CommitIndex) -> bool {
@@ -446,6 +470,13 @@ fn malformed(tree: Oid) -> git::Error {
     }
 }
 
+fn texts<'o>(versions: [(&'o Rc<Object>, &'o Lines); 2]) -> [Text<'o>; 2] {
+    versions.map(|(object, lines)| Text {
+        bytes: &object.bytes,
+        lines,
+    })
+}
+
 fn has(origins: &[Option<Origin>], blob: Oid) -> bool {
     origins.iter().flatten().any(|origin| origin.blob == blob)
 }
@@ -458,9 +489,12 @@ impl Blobs for ReaderBlobs<'_, '_> {
         self.0.blob_size(oid)
     }
 
-    fn bytes(&mut self, oid: Oid) -> Result<Rc<[u8]>, git::Error> {
+    fn bytes(&mut self, oid: Oid) -> Result<Rc<dyn AsRef<[u8]>>, git::Error> {
         self.0.check_interrupt()?;
-        // A copy costs little beside counting its chunks.
-        Ok(Rc::from(&self.0.blob(oid)?.bytes[..]))
+        Ok(self.0.blob(oid)?)
+    }
+
+    fn interrupt(&self) -> &Interrupt<'_> {
+        self.0.interrupt()
     }
 }

@@ -10,11 +10,11 @@ use super::share::{self, Part, Pending, Share};
 use super::survey::File;
 use super::tally::Tally;
 use super::{Bounded, Error, Options};
-use crate::git::Repository;
 use crate::git::history::{CommitIndex, History};
 use crate::git::line_diff::{Differ, Hunk};
 use crate::git::objects::{Counters, Reader};
 use crate::git::rename::RenameDetector;
+use crate::git::{Interrupt, Repository};
 
 /// What is live at one commit.
 pub(super) type Live = Trie<Vec<Range>>;
@@ -74,10 +74,14 @@ pub(super) struct Shard<'a> {
 /// Looking for a place to cut costs about as much as passing some commits.
 const CUT_EVERY: u64 = 64;
 
+/// What it costs to enter a file.
+const FILE: usize = 1 << 10;
+
 /// The lines of these files at the commit that is explained.
-pub(super) fn all_lines(files: &[File]) -> Result<Live, Error> {
+pub(super) fn all_lines(files: &[File], interrupt: &Interrupt<'_>) -> Result<Live, Error> {
     let mut head = Live::default();
     for file in files.iter().filter(|file| file.lines > 0) {
+        interrupt.work(FILE)?;
         let all = Range {
             start: 0,
             len: file.lines,

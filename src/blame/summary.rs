@@ -7,8 +7,8 @@ use super::shard::Walked;
 use super::survey::Survey;
 use super::tally::Tally;
 use super::{Error, Options};
-use crate::git::Oid;
 use crate::git::history::History;
+use crate::git::{Interrupt, Oid};
 
 /// Who wrote the lines of a repository.
 #[derive(Debug, Clone, Default)]
@@ -112,6 +112,7 @@ pub(super) fn summarise(
     survey: Survey,
     walked: Vec<Walked>,
     options: &Options,
+    interrupt: &Interrupt<'_>,
 ) -> Result<Outcome, Error> {
     let mut tally = Tally::new(history, options.per_file, options.per_commit);
     let mut outcome = Outcome {
@@ -124,7 +125,7 @@ pub(super) fn summarise(
     let sum = &mut outcome.statistics;
     sum.commits = history.len() as u64;
     for walked in walked {
-        tally.add(walked.tally);
+        tally.add(walked.tally, interrupt)?;
         outcome.bounded.extend(walked.bounded);
         sum.commits_visited += walked.statistics.commits;
         sum.trees += walked.statistics.trees;
@@ -160,7 +161,7 @@ pub(super) fn summarise(
             .push((emails[author as usize].clone(), lines));
     }
 
-    outcome.per_file = tally.files.map(|counts| {
+    if let Some(counts) = tally.files {
         let mut files: Vec<FileLines> = (survey.files.iter())
             .map(|file| FileLines {
                 path: file.path.clone(),
@@ -168,14 +169,16 @@ pub(super) fn summarise(
             })
             .collect();
         for ((file, author), lines) in counts {
+            interrupt.work(ENTRY)?;
             files[file as usize].authors.push((places[&author], lines));
         }
         for file in &mut files {
+            interrupt.work(ENTRY)?;
             sort(&mut file.authors);
         }
-        files
-    });
-    outcome.per_commit = tally.commits.map(|counts| {
+        outcome.per_file = Some(files);
+    }
+    if let Some(counts) = tally.commits {
         let mut files: Vec<FileCommits> = (survey.files.iter())
             .map(|file| FileCommits {
                 path: file.path.clone(),
@@ -183,16 +186,21 @@ pub(super) fn summarise(
             })
             .collect();
         for ((file, commit), lines) in counts {
+            interrupt.work(ENTRY)?;
             let commits = &mut files[file as usize].commits;
             commits.push((history.oid(commit), lines));
         }
         for file in &mut files {
+            interrupt.work(ENTRY)?;
             sort(&mut file.commits);
         }
-        files
-    });
+        outcome.per_commit = Some(files);
+    }
     Ok(outcome)
 }
+
+/// What it costs to count the lines of a file by one author or commit.
+pub(super) const ENTRY: usize = 1 << 8;
 
 /// Most lines first.
 fn sort<K: Ord + Copy>(counts: &mut [(K, u64)]) {

@@ -1,13 +1,17 @@
 //! What there is to explain: the text files at HEAD and their lines.
 
+use crate::git::line_diff::count_lines;
 use crate::git::objects::Reader;
 use crate::git::tree::Type;
 use crate::git::tree_diff::{Leaf, leaves};
-use crate::git::{self, Oid};
+use crate::git::{self, Interrupt, Oid};
 
 use super::glob::Glob;
 use super::pending::{common, cut};
 use super::{Error, Options, Skipped};
+
+/// What it costs to cut a path into its names.
+const FILE: usize = 1 << 8;
 
 /// A NUL among so many first bytes makes a file binary, as in git.
 const PROBE: usize = 8_000;
@@ -84,8 +88,15 @@ impl Survey {
             self.binary_files += 1;
             return Ok(());
         }
-        let unfinished = bytes.last().is_some_and(|&byte| byte != b'\n');
-        let lines = memchr::memchr_iter(b'\n', bytes).count() + usize::from(unfinished);
+        let lines = count_lines(bytes, reader.interrupt())?;
+        let most = options.limits.max_file_lines;
+        if lines > most {
+            self.skipped.push(Skipped {
+                path: leaf.path,
+                reason: format!("count its lines: {lines} are more than the limit of {most}"),
+            });
+            return Ok(());
+        }
         self.lines += lines as u64;
         self.files.push(File {
             number: self.files.len() as u32,
@@ -97,7 +108,11 @@ impl Survey {
     }
 
     /// Cuts the files into up to `count` parts in a row with about the same number of lines.
-    pub(super) fn parts(&self, count: usize) -> Vec<&[File]> {
+    pub(super) fn parts(
+        &self,
+        count: usize,
+        interrupt: &Interrupt<'_>,
+    ) -> Result<Vec<&[File]>, Error> {
         let mut parts = Vec::new();
         let mut rest = &self.files[..];
         let mut lines = self.lines;
@@ -105,6 +120,7 @@ impl Survey {
             let mut before: Vec<&[u8]> = Vec::new();
             let mut files = Vec::with_capacity(rest.len());
             for file in rest {
+                interrupt.work(FILE)?;
                 let names: Vec<&[u8]> = file.path.split(|&byte| byte == b'/').collect();
                 files.push((common(&before, &names), u64::from(file.lines)));
                 before = names;
@@ -121,7 +137,7 @@ impl Survey {
         if !rest.is_empty() {
             parts.push(rest);
         }
-        parts
+        Ok(parts)
     }
 }
 
@@ -142,7 +158,7 @@ mod tests {
             });
         }
         for count in [1, 2, 4, 60] {
-            let parts = survey.parts(count);
+            let parts = survey.parts(count, &Interrupt::never()).unwrap();
             let numbers: Vec<u32> = parts.concat_numbers();
             assert_eq!(numbers, (0..50).collect::<Vec<_>>());
             let share = survey.lines / count as u64;

@@ -2,7 +2,10 @@
 
 use std::collections::HashMap;
 
+use super::Error;
 use super::ranges::Range;
+use super::summary::ENTRY;
+use crate::git::Interrupt;
 use crate::git::history::{AuthorIndex, CommitIndex, History};
 
 /// Counts settled lines; each thread has its own, and they are added at the end.
@@ -46,20 +49,23 @@ impl Tally {
     }
 
     /// Adds what another thread has counted of the same history.
-    pub(super) fn add(&mut self, other: Tally) {
+    pub(super) fn add(&mut self, other: Tally, interrupt: &Interrupt<'_>) -> Result<(), Error> {
         self.lines += other.lines;
         for (sum, lines) in self.authors.iter_mut().zip(other.authors) {
             *sum += lines;
         }
         if let (Some(files), Some(others)) = (&mut self.files, other.files) {
             for (key, lines) in others {
+                interrupt.work(ENTRY)?;
                 *files.entry(key).or_default() += lines;
             }
         }
         if let (Some(commits), Some(others)) = (&mut self.commits, other.commits) {
             for (key, lines) in others {
+                interrupt.work(ENTRY)?;
                 *commits.entry(key).or_default() += lines;
             }
         }
+        Ok(())
     }
 }

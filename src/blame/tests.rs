@@ -293,6 +293,17 @@ fn head_may_be_detached_and_revisions_be_tags() {
     assert_eq!(repository.resolve("v1").unwrap().to_string(), commit);
     let error = repository.resolve("nothing").unwrap_err();
     assert!(error.to_string().contains("nothing"), "{error}");
+    let error = repository.resolve("main^{tree}").unwrap_err();
+    assert!(error.to_string().contains("not a commit"), "{error}");
+
+    fixture.git(&["symbolic-ref", "HEAD", "refs/tags/v1"]);
+    let repository = Repository::open(fixture.path()).unwrap();
+    assert_eq!(repository.head().unwrap().unwrap().to_string(), commit);
+    let nobody = "1234567890123456789012345678901234567890";
+    std::fs::write(fixture.path().join("HEAD"), nobody).unwrap();
+    let repository = Repository::open(fixture.path()).unwrap();
+    let error = repository.head().unwrap_err();
+    assert!(error.to_string().contains(nobody), "{error}");
 }
 
 #[test]

@@ -22,6 +22,7 @@ pub mod fetch;
 pub mod history;
 pub mod http;
 pub mod ignored;
+pub mod interrupt;
 pub mod line_diff;
 pub mod mailmap;
 pub mod objects;
@@ -32,6 +33,7 @@ pub mod tree;
 pub mod tree_diff;
 pub mod url;
 
+pub use interrupt::Interrupt;
 pub use repository::Repository;
 
 /// The name of an object: its SHA-1.

@@ -17,7 +17,7 @@ mod chunks;
 
 use std::rc::Rc;
 
-use super::{Error, Oid};
+use super::{Error, Interrupt, Oid};
 use chunks::{CHUNK_NUMBERS, ChunkCache, Chunks, Counter, OidMap};
 
 /// Similarity of equal contents.
@@ -30,6 +30,8 @@ const ENOUGH: u64 = 30_000;
 const MOST_IDENTICAL: usize = 100;
 /// The best of so many sources are remembered; which of several equal ones wins depends on it.
 const PLACES: usize = 4;
+/// What it costs to look at a source whose size is known and does not fit.
+const SOURCE: usize = 64;
 /// Sizes remembered before all are forgotten.
 const MOST_SIZES: usize = 1 << 17;
 
@@ -49,7 +51,9 @@ pub trait Blobs {
     /// The size of a blob, without reading it if that can be avoided.
     fn size(&mut self, oid: Oid) -> Result<u64, Error>;
     /// The contents of a blob.
-    fn bytes(&mut self, oid: Oid) -> Result<Rc<[u8]>, Error>;
+    fn bytes(&mut self, oid: Oid) -> Result<Rc<dyn AsRef<[u8]>>, Error>;
+    /// Who may end the search.
+    fn interrupt(&self) -> &Interrupt<'_>;
 }
 
 /// Finds sources of renames; remembers the chunks of blobs it has seen, within bounds.
@@ -119,7 +123,9 @@ impl RenameDetector {
         if let Some(chunks) = self.cache.get(oid) {
             return Ok(chunks);
         }
-        let chunks: Rc<Chunks> = self.counter.count(&blobs.bytes(oid)?).into();
+        let blob = blobs.bytes(oid)?;
+        let chunks = self.counter.count((*blob).as_ref(), blobs.interrupt())?;
+        let chunks: Rc<Chunks> = chunks.into();
         self.cache.insert(oid, Rc::clone(&chunks));
         Ok(chunks)
     }
@@ -174,6 +180,7 @@ impl Search<'_> {
 
         let mut best = Best::default();
         for (index, source) in sources.iter().enumerate() {
+            self.blobs.interrupt().work(SOURCE)?;
             let similarity = self.similarity(source, ENOUGH)?;
             best.offer(Place {
                 similarity,
@@ -211,6 +218,7 @@ impl Search<'_> {
             self.target_chunks = Some(chunks);
         }
         let chunks = self.detector.chunks(source.oid, self.blobs)?;
+        self.blobs.interrupt().work(chunks.len())?;
         let in_target = &self.detector.target;
         let common: u64 = chunks
             .iter()
@@ -279,6 +287,7 @@ mod tests {
     struct Repository {
         inner: git2::Repository,
         read: usize,
+        interrupt: Interrupt<'static>,
         _directory: tempfile::TempDir,
     }
 
@@ -289,6 +298,7 @@ mod tests {
             Repository {
                 inner,
                 read: 0,
+                interrupt: Interrupt::never(),
                 _directory: directory,
             }
         }
@@ -319,10 +329,16 @@ mod tests {
             Ok(self.inner.find_blob(oid).unwrap().size() as u64)
         }
 
-        fn bytes(&mut self, oid: Oid) -> Result<Rc<[u8]>, Error> {
+        fn bytes(&mut self, oid: Oid) -> Result<Rc<dyn AsRef<[u8]>>, Error> {
             self.read += 1;
             let oid = git2::Oid::from_bytes(oid.as_bytes()).unwrap();
-            Ok(self.inner.find_blob(oid).unwrap().content().into())
+            Ok(Rc::new(
+                self.inner.find_blob(oid).unwrap().content().to_vec(),
+            ))
+        }
+
+        fn interrupt(&self) -> &Interrupt<'_> {
+            &self.interrupt
         }
     }
 

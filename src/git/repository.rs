@@ -47,7 +47,10 @@ impl Repository {
     /// The commit HEAD stands for, or `None` when its branch has no commit yet.
     pub fn head(&self) -> Result<Option<Oid>, Error> {
         let repository = open(&self.directory)?;
-        let head = match repository.head() {
+        let head = match repository
+            .find_reference("HEAD")
+            .and_then(|head| head.resolve())
+        {
             Ok(head) => head,
             Err(error)
                 if matches!(
@@ -59,10 +62,10 @@ impl Repository {
             }
             Err(error) => return Err(unresolved("HEAD", &error)),
         };
-        let object = head
-            .peel(git2::ObjectType::Commit)
-            .map_err(|error| unresolved("HEAD", &error))?;
-        Ok(Oid::from_bytes(object.id().as_bytes()))
+        match head.target() {
+            Some(target) => peel(&repository, "HEAD", target).map(Some),
+            None => Ok(None),
+        }
     }
 
     /// The commit that a branch, a tag or the name of a commit stands for.
@@ -70,12 +73,8 @@ impl Repository {
         let repository = open(&self.directory)?;
         let object = repository
             .revparse_single(revision)
-            .and_then(|object| object.peel(git2::ObjectType::Commit))
             .map_err(|error| unresolved(revision, &error))?;
-        Oid::from_bytes(object.id().as_bytes()).ok_or_else(|| Error::Revision {
-            revision: revision.to_owned(),
-            reason: "its name is no SHA-1".to_owned(),
-        })
+        peel(&repository, revision, object.id())
     }
 
     /// The directory with HEAD and the references.
@@ -107,6 +106,11 @@ impl Repository {
         open(&self.directory)
     }
 
+    /// The directory of the objects.
+    pub(in crate::git) fn objects(&self) -> &Path {
+        &self.objects
+    }
+
     pub(in crate::git) fn packs(&self) -> &Packs {
         &self.packs
     }
@@ -120,6 +124,48 @@ impl Repository {
         odb.add_disk_alternate(objects)?;
         Ok(odb)
     }
+}
+
+/// The commit that a name, which stands for an object, stands for in the end. A commit is not parsed: libgit2
+/// refuses some that git accepts, and who reads it says what is wrong with it.
+fn peel(repository: &git2::Repository, revision: &str, target: git2::Oid) -> Result<Oid, Error> {
+    /// Tags of tags of tags.
+    const DEEPEST: usize = 64;
+    let refused = |reason: String| Error::Revision {
+        revision: revision.to_owned(),
+        reason,
+    };
+    let odb = (repository.odb()).map_err(|error| unresolved(revision, &error))?;
+    let mut name = target;
+    for _ in 0..DEEPEST {
+        let oid = Oid::from_bytes(name.as_bytes())
+            .ok_or_else(|| refused("its name is no SHA-1".to_owned()))?;
+        match odb.read_header(name) {
+            Ok((_, git2::ObjectType::Commit)) => return Ok(oid),
+            Ok((_, git2::ObjectType::Tag)) => {
+                name = (repository.find_tag(name))
+                    .map_err(|error| Error::Corrupt {
+                        oid,
+                        reason: error.message().to_owned(),
+                    })?
+                    .target_id();
+            }
+            Ok((_, kind)) => {
+                let reason = format!("it is the {} {oid}, not a commit", kind.str());
+                return Err(refused(reason));
+            }
+            Err(error) if error.code() == git2::ErrorCode::NotFound => {
+                return Err(Error::Missing { oid });
+            }
+            Err(error) => {
+                return Err(Error::Corrupt {
+                    oid,
+                    reason: error.message().to_owned(),
+                });
+            }
+        }
+    }
+    Err(refused(format!("more than {DEEPEST} tags lead to it")))
 }
 
 /// Makes libgit2 look for configuration nowhere, and at any owner's repository: whose it is

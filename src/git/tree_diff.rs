@@ -86,6 +86,7 @@ impl Collect<'_, '_> {
             let Some(entry) = olds.read()? else {
                 break;
             };
+            self.reader.interrupt().work(ENTRY)?;
             match news.advance(&mut ahead, &entry)? {
                 None => self.take(old, &entry, depth)?,
                 Some(other) if entry.is_directory() && other.oid != entry.oid => {
@@ -100,6 +101,7 @@ impl Collect<'_, '_> {
     }
 
     fn take(&mut self, tree: Oid, entry: &Entry<'_>, depth: usize) -> Result<(), Error> {
+        self.reader.interrupt().work(ENTRY)?;
         let length = push(&mut self.path, entry.name);
         if entry.is_directory() {
             self.all(entry.oid, depth + 1)?;
@@ -126,6 +128,9 @@ impl Collect<'_, '_> {
         Ok(())
     }
 }
+
+/// What it costs to look at an entry of a tree, as work that can be interrupted.
+pub const ENTRY: usize = 1 << 7;
 
 /// Appends a name to a path; gives back the length to truncate to.
 pub fn push(path: &mut Vec<u8>, name: &[u8]) -> usize {

@@ -158,6 +158,51 @@ fn files_beyond_the_limits_are_named_not_explained() {
     assert_eq!((outcome.files, outcome.lines), (1, 1));
 }
 
+#[test]
+fn files_of_too_many_lines_are_named_not_explained() {
+    let mut fixture = Fixture::new();
+    let long = lines("long", 300);
+    let one = fixture.commit(&[], 0, &tree(&[("a", &long), ("b", "b\n")]));
+    let two = fixture.commit(&[one], 10, &tree(&[("a", "long 3\n"), ("b", &long)]));
+    fixture.import(two, true);
+    let outcome = fixture.ours(&Options {
+        limits: Limits {
+            max_file_lines: 200,
+            ..Limits::default()
+        },
+        ..Options::default()
+    });
+    assert_eq!(outcome.skipped.len(), 1);
+    assert_eq!(outcome.skipped[0].path, b"b");
+    assert!(outcome.skipped[0].reason.contains("300"), "{outcome:?}");
+    assert_eq!(outcome.bounded.len(), 1);
+    assert_eq!(outcome.bounded[0].path, b"a");
+    assert_eq!((outcome.files, outcome.lines), (1, 1));
+}
+
+#[test]
+fn large_loose_objects_are_read_in_steps() {
+    let fixture = Fixture::new();
+    let large = lines("a line of a large file", 100_000);
+    let blob = write(&fixture, "blob", large.as_bytes());
+    let mut bytes = b"100644 file\0".to_vec();
+    bytes.extend(Oid::from_hex(blob.as_bytes()).unwrap().as_bytes());
+    let tree = write(&fixture, "tree", &bytes);
+    let outcome = explain(&fixture, &tree, Limits::default()).unwrap();
+    assert_eq!(outcome.lines, 100_000);
+
+    let path = fixture
+        .path()
+        .join("objects")
+        .join(&blob[..2])
+        .join(&blob[2..]);
+    let sound = std::fs::read(&path).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    std::fs::write(&path, &sound[..sound.len() / 2]).unwrap();
+    let error = explain(&fixture, &tree, Limits::default()).unwrap_err();
+    assert!(error.to_string().contains(&blob), "{error}");
+}
+
 /// Trees whose names we compute with libgit2, written as loose objects.
 #[derive(Default)]
 struct Trees {

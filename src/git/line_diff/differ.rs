@@ -4,14 +4,12 @@
 //! changed when flag `n + 1` is set. All flags are zero between calls; only those of the hunks found are cleared,
 //! so a small change in a large text costs nothing per line.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-
 use super::discard::Discard;
 use super::myers::Myers;
 use super::slide::{Side, slide};
 use super::trim::{common_head, common_tail, lines_before_tail};
 use super::{Hunk, Text};
-use crate::git::Error;
+use crate::git::{Error, Interrupt};
 
 /// Finds the hunks between two texts; keeps its scratch memory between calls.
 #[derive(Debug, Default)]
@@ -30,31 +28,58 @@ impl Differ {
 
     /// Replaces the contents of `hunks` by what changed from `a` (the parent) to `b` (the child), in order.
     pub fn diff(&mut self, a: Text<'_>, b: Text<'_>, hunks: &mut Vec<Hunk>) {
-        static NEVER: AtomicBool = AtomicBool::new(false);
-        self.diff_until(a, b, hunks, &NEVER)
-            .expect("because nobody sets a flag that only this function sees");
+        self.diff_until(a, b, hunks, &Interrupt::never())
+            .expect("because nobody interrupts what never ends early");
     }
 
-    /// The same, but ends soon with [`Error::Interrupted`] and no hunks when `interrupt` is set: two texts of a
+    /// The same, but ends soon with [`Error::Interrupted`] and no hunks when that is wished: two texts of a
     /// million lines that are all different in order take many seconds.
     pub fn diff_until(
         &mut self,
         a: Text<'_>,
         b: Text<'_>,
         hunks: &mut Vec<Hunk>,
-        interrupt: &AtomicBool,
+        interrupt: &Interrupt<'_>,
     ) -> Result<(), Error> {
         hunks.clear();
-        let (a_count, b_count) = lines_before_tail(a, b);
+        let (a_count, b_count) = lines_before_tail(a, b, interrupt)?;
         let (a_hashes, b_hashes) = (&a.lines.hashes()[..a_count], &b.lines.hashes()[..b_count]);
-        let head = common_head(a_hashes, b_hashes);
-        let tail = common_tail(&a_hashes[head..], &b_hashes[head..]);
+        let head = common_head(a_hashes, b_hashes, interrupt)?;
+        let tail = common_tail(&a_hashes[head..], &b_hashes[head..], interrupt)?;
         if head + tail == a_count && head + tail == b_count {
             return Ok(());
         }
 
         reserve(&mut self.changed_a, a_count);
         reserve(&mut self.changed_b, b_count);
+        let found = self.flag([a, b], [a_hashes, b_hashes], head, tail, interrupt);
+        if found.is_err() {
+            // Nothing is to be undone but the flags.
+            self.changed_a.fill(0);
+            self.changed_b.fill(0);
+            return found;
+        }
+
+        self.collect(a_count, b_count, hunks);
+        for hunk in hunks.iter() {
+            let (start, length) = (hunk.a as usize + 1, hunk.a_len as usize);
+            self.changed_a[start..start + length].fill(0);
+            let (start, length) = (hunk.b as usize + 1, hunk.b_len as usize);
+            self.changed_b[start..start + length].fill(0);
+        }
+        Ok(())
+    }
+
+    /// Sets the flags of the lines that changed; `head` and `tail` lines of the hashes are equal.
+    fn flag(
+        &mut self,
+        [a, b]: [Text<'_>; 2],
+        [a_hashes, b_hashes]: [&[u64]; 2],
+        head: usize,
+        tail: usize,
+        interrupt: &Interrupt<'_>,
+    ) -> Result<(), Error> {
+        let (a_count, b_count) = (a_hashes.len(), b_hashes.len());
         let (a_middle, b_middle) = (head..a_count - tail, head..b_count - tail);
         if a_middle.is_empty()
             || b_middle.is_empty()
@@ -70,20 +95,14 @@ impl Differ {
                 tail,
                 &mut self.changed_a[1..],
                 &mut self.changed_b[1..],
-            );
-            // Nothing to undo but the flags, as after the search.
-            if interrupt.load(Ordering::Relaxed) {
-                self.changed_a.fill(0);
-                self.changed_b.fill(0);
-                return Err(Error::Interrupted);
-            }
-            let kept = self.discard.kept();
-            let (changed_a, changed_b) = (&mut self.changed_a[1..], &mut self.changed_b[1..]);
-            if let Err(error) = self.myers.run(kept, changed_a, changed_b, interrupt) {
-                self.changed_a.fill(0);
-                self.changed_b.fill(0);
-                return Err(error);
-            }
+                interrupt,
+            )?;
+            self.myers.run(
+                self.discard.kept(),
+                &mut self.changed_a[1..],
+                &mut self.changed_b[1..],
+                interrupt,
+            )?;
         }
 
         let mut a_side = Side {
@@ -98,22 +117,8 @@ impl Differ {
             flags: &mut self.changed_b,
             interrupt,
         };
-        slide(&mut a_side, &b_side, head);
-        slide(&mut b_side, &a_side, head);
-        if interrupt.load(Ordering::Relaxed) {
-            self.changed_a.fill(0);
-            self.changed_b.fill(0);
-            return Err(Error::Interrupted);
-        }
-
-        self.collect(a_count, b_count, hunks);
-        for hunk in hunks.iter() {
-            let (start, length) = (hunk.a as usize + 1, hunk.a_len as usize);
-            self.changed_a[start..start + length].fill(0);
-            let (start, length) = (hunk.b as usize + 1, hunk.b_len as usize);
-            self.changed_b[start..start + length].fill(0);
-        }
-        Ok(())
+        slide(&mut a_side, &b_side, head)?;
+        slide(&mut b_side, &a_side, head)
     }
 
     /// Reads the hunks off the flags: unchanged lines of both sides pair up in order.
@@ -487,9 +492,11 @@ mod tests {
             },
         ];
         let mut found = Vec::new();
-        let interrupted = differ.diff_until(texts[0], texts[1], &mut found, &AtomicBool::new(true));
-        assert!(matches!(interrupted, Err(Error::Interrupted)));
-        assert_eq!(found, []);
+        Interrupt::check(1 << 17, |interrupt| {
+            let answer = differ.diff_until(texts[0], texts[1], &mut found, interrupt);
+            assert!(answer.is_ok() || found.is_empty());
+            answer
+        });
         compare(&mut differ, &a, &b, "after an interrupt");
     }
 

@@ -7,10 +7,14 @@
 
 use std::ops::Range;
 
+use crate::git::{Error, Interrupt};
+
 /// A line met in the other text this often counts as met too often, whatever the length of the texts.
 const MOST_MATCHES: u32 = 1024;
 /// How far around a line with too many matches its neighbours are looked at.
 const WINDOW: usize = 100;
+/// What the look-up of a line costs, which is often a step into memory that is far away.
+const LOOK_UP: usize = 32;
 /// The weight of lines with too many matches against lines without a match.
 const WEIGHT: usize = 4;
 
@@ -62,17 +66,21 @@ impl Discard {
         tail: usize,
         changed_a: &mut [u8],
         changed_b: &mut [u8],
-    ) {
+        interrupt: &Interrupt<'_>,
+    ) -> Result<(), Error> {
         let (a_middle, b_middle) = (head..a.len() - tail, head..b.len() - tail);
-        self.table.reset(a_middle.len() + b_middle.len());
+        self.table
+            .reset(a_middle.len() + b_middle.len(), interrupt)?;
         self.a.clear();
         self.b.clear();
         for &hash in &a[a_middle.clone()] {
+            interrupt.work(LOOK_UP)?;
             let class = self.table.enter(hash);
             self.table.classes[class as usize].in_a += 1;
             self.a.classes.push(class);
         }
         for &hash in &b[b_middle.clone()] {
+            interrupt.work(LOOK_UP)?;
             let class = self.table.enter(hash);
             self.table.classes[class as usize].in_b += 1;
             self.b.classes.push(class);
@@ -88,16 +96,16 @@ impl Discard {
             // Nothing to pair between the middles: kept or not, every line ends up changed.
             changed_a[a_middle].fill(1);
             changed_b[b_middle].fill(1);
-            return;
+            return Ok(());
         }
         if shared == self.table.classes.len() {
             // No line is without a match, so no line with many has a reason to be dropped.
             self.a.keep_all(a_middle.start);
             self.b.keep_all(b_middle.start);
-            return;
+            return Ok(());
         }
-        self.table.count_equal(&a[..head]);
-        self.table.count_equal(&a[a.len() - tail..]);
+        self.table.count_equal(&a[..head], interrupt)?;
+        self.table.count_equal(&a[a.len() - tail..], interrupt)?;
 
         let many = |count: usize| doubling_root(count).min(MOST_MATCHES);
         let classes = &self.table.classes;
@@ -106,13 +114,15 @@ impl Discard {
             many(a.len()),
             |class| classes[class as usize].in_b,
             changed_a,
-        );
+            interrupt,
+        )?;
         self.b.sort_out(
             b_middle,
             many(b.len()),
             |class| classes[class as usize].in_a,
             changed_b,
-        );
+            interrupt,
+        )
     }
 
     /// What the last run kept.
@@ -147,7 +157,8 @@ impl Middle {
         many: u32,
         in_other: impl Fn(u32) -> u32,
         changed: &mut [u8],
-    ) {
+        interrupt: &Interrupt<'_>,
+    ) -> Result<(), Error> {
         self.matches
             .extend(self.classes.iter().map(|&class| match in_other(class) {
                 0 => Matches::None,
@@ -158,8 +169,12 @@ impl Middle {
             let keep = match self.matches[index] {
                 Matches::None => false,
                 Matches::Some => true,
-                Matches::Many => !stands_among_unmatched(&self.matches, index),
+                Matches::Many => {
+                    interrupt.work(2 * WINDOW)?;
+                    !stands_among_unmatched(&self.matches, index)
+                }
             };
+            interrupt.work(1)?;
             if keep {
                 self.kept.push(self.classes[index]);
                 self.kept_lines.push(line as u32);
@@ -167,6 +182,7 @@ impl Middle {
                 changed[line] = 1;
             }
         }
+        Ok(())
     }
 }
 
@@ -232,16 +248,20 @@ struct Class {
 }
 
 impl Table {
-    fn reset(&mut self, lines: usize) {
+    fn reset(&mut self, lines: usize, interrupt: &Interrupt<'_>) -> Result<(), Error> {
         let length = (lines * 2).next_power_of_two().max(16);
         if self.places.len() < length {
             self.places = vec![0; length];
         } else {
-            self.places[..length].fill(0);
+            for piece in self.places[..length].chunks_mut(1 << 16) {
+                interrupt.work(size_of_val(piece))?;
+                piece.fill(0);
+            }
         }
         self.mask = length - 1;
         self.classes.clear();
         self.filter.0.fill(0);
+        Ok(())
     }
 
     /// The class of a line, made if it is new.
@@ -265,8 +285,9 @@ impl Table {
     }
 
     /// Counts lines that stand in both texts.
-    fn count_equal(&mut self, hashes: &[u64]) {
+    fn count_equal(&mut self, hashes: &[u64], interrupt: &Interrupt<'_>) -> Result<(), Error> {
         for &hash in hashes {
+            interrupt.work(2)?;
             if self.filter.0[(hash >> 58) as usize] >> (hash >> 52 & 63) & 1 == 0 {
                 continue;
             }
@@ -281,6 +302,7 @@ impl Table {
                 place = (place + 1) & self.mask;
             }
         }
+        Ok(())
     }
 }
 
@@ -300,18 +322,45 @@ mod tests {
     fn line_without_a_match_is_changed_and_the_rest_is_kept() {
         let mut discard = Discard::default();
         let (mut changed_a, mut changed_b) = ([0; 4], [0; 5]);
-        discard.run(
+        let run = discard.run(
             &[1, 2, 3, 9],
             &[1, 3, 7, 2, 9],
             1,
             1,
             &mut changed_a,
             &mut changed_b,
+            &Interrupt::never(),
         );
+        assert!(run.is_ok());
         assert_eq!((changed_a, changed_b), ([0, 0, 0, 0], [0, 0, 1, 0, 0]));
         let kept = discard.kept();
         assert_eq!((kept.a_lines, kept.b_lines), (&[1, 2][..], &[1, 3][..]));
         assert_eq!((kept.a[0], kept.a[1]), (kept.b[1], kept.b[0]));
+    }
+
+    #[test]
+    fn sorting_out_many_lines_can_be_interrupted() {
+        // Every line has a match but the odd ones of `a`; some are there very often.
+        let a: Vec<u64> = (0..300_000)
+            .map(|n| if n % 3 == 0 { 5 } else { n })
+            .collect();
+        let b: Vec<u64> = (0..300_000)
+            .map(|n| if n % 2 == 0 { 5 } else { n })
+            .collect();
+        let mut discard = Discard::default();
+        let mut flags = [vec![0; a.len()], vec![0; b.len()]];
+        Interrupt::check(a.len() * LOOK_UP * 2, |interrupt| {
+            let [changed_a, changed_b] = &mut flags;
+            discard.run(&a, &b, 0, 0, changed_a, changed_b, interrupt)
+        });
+        // The lines before and after the middles.
+        Interrupt::check(600_000, |interrupt| {
+            let [changed_a, changed_b] = &mut flags;
+            let (mut a, mut b) = (a.clone(), a.clone());
+            (a[150_000], b[150_000]) = (1 << 40, 1 << 41);
+            (a[150_001], b[150_002]) = (1 << 42, 1 << 42);
+            discard.run(&a, &b, 150_000, 149_900, changed_a, changed_b, interrupt)
+        });
     }
 
     #[test]

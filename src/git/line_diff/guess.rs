@@ -13,11 +13,9 @@
 //!
 //! Hunks are asked in order, because what was taken from a line of the parent stays taken.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-
 use super::lines::is_blank;
 use super::{Hunk, Text};
-use crate::git::Error;
+use crate::git::{Error, Interrupt};
 
 /// Lines of the parent are compared up to so far from the proportional place.
 const REACH: usize = 10;
@@ -25,8 +23,10 @@ const REACH: usize = 10;
 const ENOUGH: u32 = 10;
 /// A match loses a thousandth of its likeness for each line between it and the proportional place.
 const NEARNESS: i64 = 1_000;
-/// So many comparisons of lines are made between two looks at the flag.
-const PATIENCE: usize = 1 << 12;
+/// What it costs to compare two lines.
+const COMPARISON: usize = 256;
+/// What it costs to find the print of a line, for each byte: its pairs are sorted.
+const PRINT: usize = 16;
 
 /// Finds for each changed line of `b` (the child) the line of `a` (the parent) it was.
 ///
@@ -35,13 +35,12 @@ pub fn guess(
     a: Text<'_>,
     b: Text<'_>,
     hunks: &[Hunk],
-    interrupt: &AtomicBool,
+    interrupt: &Interrupt<'_>,
 ) -> Result<Vec<Option<u32>>, Error> {
     let mut guesser = Guesser {
         old: a,
         new: b,
         prints: vec![None; a.lines.ends().len()],
-        patience: PATIENCE,
         interrupt,
     };
     let mut answers = Vec::new();
@@ -129,8 +128,7 @@ struct Guesser<'a> {
     new: Text<'a>,
     /// What is left of the lines of `old`; made when first needed.
     prints: Vec<Option<Print>>,
-    patience: usize,
-    interrupt: &'a AtomicBool,
+    interrupt: &'a Interrupt<'a>,
 }
 
 /// How sure a line of a hunk is.
@@ -191,7 +189,9 @@ impl Guesser<'_> {
             known: vec![-1; new * (reach * 2 + 1)],
         };
         for line in hunk.b..hunk.b + hunk.b_len {
-            matching.new.push(Print::of(line_of(self.new, line)));
+            let line = line_of(self.new, line);
+            self.interrupt.work(PRINT * line.len())?;
+            matching.new.push(Print::of(line));
         }
         // No two lines further apart than this are compared with one line of the parent.
         let apart = ((2 * reach + 1) * new - 1) / old;
@@ -265,7 +265,7 @@ impl Guesser<'_> {
                 most = Some((line, certainty));
             }
         }
-        self.look_at_flag(stretch.new.len())?;
+        self.interrupt.work(stretch.new.len())?;
         Ok(most.map(|(line, _)| line))
     }
 
@@ -297,7 +297,7 @@ impl Guesser<'_> {
                 second = (likeness, old);
             }
         }
-        self.look_at_flag(to.saturating_sub(from))?;
+        self.interrupt.work(COMPARISON * to.saturating_sub(from))?;
         if best.0 == 0 {
             return Ok(Match::Nothing);
         }
@@ -323,7 +323,7 @@ impl Guesser<'_> {
                 continue;
             }
             let likeness = other.likeness(&print);
-            self.look_at_flag(1)?;
+            self.interrupt.work(COMPARISON)?;
             let is_better = likeness > least
                 || likeness == least
                     && best.is_none_or(|(_, found)| old.abs_diff(line) <= found.abs_diff(line));
@@ -337,17 +337,6 @@ impl Guesser<'_> {
     fn print(&mut self, line: usize) -> &mut Print {
         let text = self.old;
         self.prints[line].get_or_insert_with(|| Print::of(line_of(text, line as u32)))
-    }
-
-    fn look_at_flag(&mut self, work: usize) -> Result<(), Error> {
-        self.patience = self.patience.saturating_sub(work);
-        if self.patience == 0 {
-            self.patience = PATIENCE;
-            if self.interrupt.load(Ordering::Relaxed) {
-                return Err(Error::Interrupted);
-            }
-        }
-        Ok(())
     }
 }
 
@@ -374,7 +363,7 @@ mod tests {
         );
         let mut hunks = Vec::new();
         Differ::new().diff(a, b, &mut hunks);
-        guess(a, b, &hunks, &AtomicBool::new(false)).unwrap()
+        guess(a, b, &hunks, &Interrupt::never()).unwrap()
     }
 
     #[test]
@@ -384,6 +373,26 @@ mod tests {
         let found = guesses(old, new);
         assert_eq!(found[1..4], [Some(0); 3]);
         assert_eq!(found[5..7], [Some(1); 2]);
+    }
+
+    #[test]
+    fn guessing_can_be_interrupted() {
+        let text = |word: &str| -> String {
+            (0..600)
+                .map(|n| format!("{word} {} of {}\n", n * 7, n % 13))
+                .collect()
+        };
+        let (old, new) = (text("the old line"), text("a New line"));
+        let lines = [&old, &new].map(|text| Lines::of(text.as_bytes(), Whitespace::Exact));
+        let texts = [(&old, &lines[0]), (&new, &lines[1])].map(|(text, lines)| Text {
+            bytes: text.as_bytes(),
+            lines,
+        });
+        let mut hunks = Vec::new();
+        Differ::new().diff(texts[0], texts[1], &mut hunks);
+        Interrupt::check(600 * COMPARISON, |interrupt| {
+            guess(texts[0], texts[1], &hunks, interrupt).map(|_| ())
+        });
     }
 
     #[test]

@@ -5,13 +5,15 @@
 //! prepare two lines that are taken for the same one; that two lines of a history meet by chance has a
 //! probability of about 10⁻⁸ for a million different lines.
 //!
-//! Hashing is most of the cost of a diff, and a parent differs from its child in few places: [`Lines::derive`]
+//! Hashing is most of the cost of a diff, and a parent differs from its child in few places: [`Lines::derive_until`]
 //! takes over the tokens of a similar text wherever the bytes at the head and at the tail are the same.
 
 use std::hash::{BuildHasher, RandomState};
 use std::sync::OnceLock;
 
 use super::trim::{common_head, common_tail};
+use crate::git::interrupt::STRIDE;
+use crate::git::{Error, Interrupt};
 
 /// Which bytes count when lines are compared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -38,17 +40,33 @@ impl Lines {
 
     /// Cuts a text of at most [`Lines::LONGEST`] bytes into lines.
     pub fn of(bytes: &[u8], whitespace: Whitespace) -> Lines {
-        let mut lines = Lines::with_room(count_lines(bytes));
-        lines.append(bytes, 0, bytes.len(), whitespace);
-        lines
+        Lines::of_until(bytes, whitespace, &Interrupt::never())
+            .expect("because nobody interrupts what never ends early")
     }
 
-    /// The same answer as [`Lines::of`], with the tokens of `near` taken over where the texts agree at head and tail.
+    /// The same, but ends soon with [`Error::Interrupted`] when that is wished.
+    pub fn of_until(
+        bytes: &[u8],
+        whitespace: Whitespace,
+        interrupt: &Interrupt<'_>,
+    ) -> Result<Lines, Error> {
+        let mut lines = Lines::with_room(count_lines(bytes, interrupt)?);
+        lines.append(bytes, 0, bytes.len(), whitespace, interrupt)?;
+        Ok(lines)
+    }
+
+    /// The same answer as [`Lines::of_until`], with the tokens of `near` taken over where the texts agree at head and tail.
     ///
     /// `near_lines` must have been made of `near` with the same `whitespace`.
-    pub fn derive(bytes: &[u8], near: &[u8], near_lines: &Lines, whitespace: Whitespace) -> Lines {
-        let head = common_head(bytes, near);
-        let tail = common_tail(&bytes[head..], &near[head..]);
+    pub fn derive_until(
+        bytes: &[u8],
+        near: &[u8],
+        near_lines: &Lines,
+        whitespace: Whitespace,
+        interrupt: &Interrupt<'_>,
+    ) -> Result<Lines, Error> {
+        let head = common_head(bytes, near, interrupt)?;
+        let tail = common_tail(&bytes[head..], &near[head..], interrupt)?;
 
         let mut head_lines = near_lines.ends.partition_point(|&end| end as usize <= head);
         let unfinished = near.last().is_some_and(|&byte| byte != b'\n');
@@ -68,22 +86,23 @@ impl Lines {
         let to = bytes.len() - (near.len() - near_lines.start(tail_line));
 
         let others = head_lines + (near_lines.ends.len() - tail_line);
-        let mut lines = Lines::with_room(others + count_lines(&bytes[from..to]));
-        lines.ends.extend_from_slice(&near_lines.ends[..head_lines]);
-        lines
-            .hashes
-            .extend_from_slice(&near_lines.hashes[..head_lines]);
-        lines.append(bytes, from, to, whitespace);
+        let mut lines = Lines::with_room(others + count_lines(&bytes[from..to], interrupt)?);
+        for piece in pieces(0..head_lines) {
+            interrupt.work(piece.len() * LINE)?;
+            lines
+                .ends
+                .extend_from_slice(&near_lines.ends[piece.clone()]);
+            lines.hashes.extend_from_slice(&near_lines.hashes[piece]);
+        }
+        lines.append(bytes, from, to, whitespace, interrupt)?;
         let shift = (bytes.len() as u32).wrapping_sub(near.len() as u32);
-        lines.ends.extend(
-            near_lines.ends[tail_line..]
-                .iter()
-                .map(|end| end.wrapping_add(shift)),
-        );
-        lines
-            .hashes
-            .extend_from_slice(&near_lines.hashes[tail_line..]);
-        lines
+        for piece in pieces(tail_line..near_lines.ends.len()) {
+            interrupt.work(piece.len() * LINE)?;
+            let ends = near_lines.ends[piece.clone()].iter();
+            lines.ends.extend(ends.map(|end| end.wrapping_add(shift)));
+            lines.hashes.extend_from_slice(&near_lines.hashes[piece]);
+        }
+        Ok(lines)
     }
 
     /// How many lines the text has.
@@ -128,37 +147,68 @@ impl Lines {
     }
 
     /// Adds the lines of `bytes[from..to]`, where `from` is the start of a line.
-    fn append(&mut self, bytes: &[u8], from: usize, to: usize, whitespace: Whitespace) {
+    fn append(
+        &mut self,
+        bytes: &[u8],
+        from: usize,
+        to: usize,
+        whitespace: Whitespace,
+        interrupt: &Interrupt<'_>,
+    ) -> Result<(), Error> {
         let key = key();
         let mut significant = Vec::new();
         let mut add = |start: usize, end: usize| {
             let line = &bytes[start..end];
             self.ends.push(end as u32);
             self.hashes.push(match whitespace {
-                Whitespace::Exact => hash(line, key),
+                Whitespace::Exact => hash(line, key, interrupt)?,
                 Whitespace::IgnoreAll => {
                     significant.clear();
-                    significant.extend(line.iter().copied().filter(|&byte| !is_blank(byte)));
-                    hash(&significant, key)
+                    for piece in line.chunks(STRIDE) {
+                        interrupt.work(piece.len())?;
+                        let counting = piece.iter().copied().filter(|&byte| !is_blank(byte));
+                        significant.extend(counting);
+                    }
+                    hash(&significant, key, interrupt)?
                 }
             });
+            Ok::<(), Error>(())
         };
 
         let mut start = from;
         for found in memchr::memchr_iter(b'\n', &bytes[from..to]) {
             let end = from + found + 1;
-            add(start, end);
+            add(start, end)?;
             start = end;
         }
         if start < to {
-            add(start, to);
+            add(start, to)?;
         }
+        Ok(())
     }
 }
 
-fn count_lines(bytes: &[u8]) -> usize {
+/// What a line costs beside its bytes.
+const LINE: usize = 8;
+
+/// Cuts a range of lines into pieces that are work for less than a stride.
+fn pieces(lines: std::ops::Range<usize>) -> impl Iterator<Item = std::ops::Range<usize>> {
+    const PIECE: usize = STRIDE / LINE / 2;
+    let end = lines.end;
+    lines
+        .step_by(PIECE)
+        .map(move |start| start..end.min(start + PIECE))
+}
+
+/// How many lines a text has.
+pub fn count_lines(bytes: &[u8], interrupt: &Interrupt<'_>) -> Result<usize, Error> {
     let unfinished = bytes.last().is_some_and(|&byte| byte != b'\n');
-    memchr::memchr_iter(b'\n', bytes).count() + usize::from(unfinished)
+    let mut count = usize::from(unfinished);
+    for piece in bytes.chunks(STRIDE) {
+        interrupt.work(piece.len())?;
+        count += memchr::memchr_iter(b'\n', piece).count();
+    }
+    Ok(count)
 }
 
 /// What git counts as white space, whatever the locale; vertical tab and form feed are no blanks.
@@ -178,20 +228,43 @@ fn fold(a: u64, b: u64) -> u64 {
     (product as u64) ^ (product >> 64) as u64
 }
 
-fn hash(line: &[u8], key: u64) -> u64 {
-    const ODD: u64 = 0x9e37_79b9_7f4a_7c15;
-    const OTHER: u64 = 0xd1b5_4a32_d192_ed03;
+const ODD: u64 = 0x9e37_79b9_7f4a_7c15;
+const OTHER: u64 = 0xd1b5_4a32_d192_ed03;
 
-    let word =
-        |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().expect("because eight bytes were cut"));
+fn hash(line: &[u8], key: u64, interrupt: &Interrupt<'_>) -> Result<u64, Error> {
     let mut state = key ^ (line.len() as u64).wrapping_mul(ODD);
     let mut rest = line;
-    while rest.len() > 16 {
-        state = fold(word(&rest[..8]) ^ state, word(&rest[8..16]) ^ OTHER);
-        state = state.wrapping_add(key).rotate_left(23);
-        rest = &rest[16..];
+    while rest.len() > LONG_LINE {
+        let (piece, after) = rest.split_at(LONG_LINE);
+        interrupt.work(piece.len())?;
+        state = mix(state, piece, key);
+        rest = after;
     }
-    // The last 1 to 16 bytes; where they overlap the length in the first state tells the cases apart.
+    interrupt.work(rest.len() + LINE)?;
+    let (whole, last) = rest.split_at(rest.len().saturating_sub(1) / BLOCK * BLOCK);
+    Ok(finish(mix(state, whole, key), last, key))
+}
+
+/// So many bytes are mixed into the state of a hash at once.
+const BLOCK: usize = 16;
+/// Lines are hashed in pieces of this many bytes, a multiple of blocks, so that the cuts do not show.
+const LONG_LINE: usize = STRIDE / 2;
+
+fn word(bytes: &[u8]) -> u64 {
+    u64::from_le_bytes(bytes.try_into().expect("because eight bytes were cut"))
+}
+
+/// Mixes whole blocks into the state of a hash.
+fn mix(mut state: u64, blocks: &[u8], key: u64) -> u64 {
+    for block in blocks.chunks_exact(BLOCK) {
+        state = fold(word(&block[..8]) ^ state, word(&block[8..]) ^ OTHER);
+        state = state.wrapping_add(key).rotate_left(23);
+    }
+    state
+}
+
+fn finish(state: u64, rest: &[u8], key: u64) -> u64 {
+    // The last 1 to 16 bytes, if the line has any; where they overlap the length in the first state tells the cases apart.
     let (low, high) = match rest.len() {
         0 => (0, 0),
         1..=3 => (
@@ -275,7 +348,40 @@ mod tests {
     }
 
     #[test]
+    fn cutting_a_large_text_into_lines_can_be_interrupted() {
+        let many = b"line\n".repeat(1 << 20);
+        let one = vec![b'x'; 5 << 20];
+        for text in [&many, &one] {
+            for whitespace in [Whitespace::Exact, Whitespace::IgnoreAll] {
+                Interrupt::check(text.len(), |interrupt| {
+                    Lines::of_until(text, whitespace, interrupt).map(|_| ())
+                });
+            }
+            let near = [&b"first\n"[..], text, b"last\n"].concat();
+            let near_lines = Lines::of(&near, Whitespace::Exact);
+            let text = [&text[..], b"end\n"].concat();
+            Interrupt::check(text.len(), |interrupt| {
+                Lines::derive_until(&text, &near, &near_lines, Whitespace::Exact, interrupt)
+                    .map(|_| ())
+            });
+        }
+    }
+
+    #[test]
+    fn the_hash_of_a_long_line_does_not_show_where_it_was_cut() {
+        let never = Interrupt::never();
+        for length in [LONG_LINE - 1, LONG_LINE, LONG_LINE + 1, LONG_LINE * 2 + 33] {
+            let line: Vec<u8> = (0..length).map(|at| (at % 251) as u8).collect();
+            let (whole, last) = line.split_at((length - 1) / BLOCK * BLOCK);
+            let start = 7 ^ (length as u64).wrapping_mul(ODD);
+            let expected = finish(mix(start, whole, 7), last, 7);
+            assert_eq!(hash(&line, 7, &never).unwrap(), expected, "{length}");
+        }
+    }
+
+    #[test]
     fn derived_lines_equal_lines_cut_afresh() {
+        let never = Interrupt::never();
         let mut numbers = Numbers(7);
         for _ in 0..20_000 {
             let mut text = |most: usize| -> Vec<u8> {
@@ -294,7 +400,7 @@ mod tests {
             for whitespace in [Whitespace::Exact, Whitespace::IgnoreAll] {
                 let near_lines = Lines::of(&near, whitespace);
                 assert_eq!(
-                    Lines::derive(&bytes, &near, &near_lines, whitespace),
+                    Lines::derive_until(&bytes, &near, &near_lines, whitespace, &never).unwrap(),
                     Lines::of(&bytes, whitespace),
                     "{near:?} -> {bytes:?}",
                 );

@@ -28,7 +28,7 @@ mod trim;
 
 pub use differ::Differ;
 pub use guess::guess;
-pub use lines::{Lines, Whitespace};
+pub use lines::{Lines, Whitespace, count_lines};
 
 /// A text with its tokens; `lines` must have been made of `bytes`.
 #[derive(Debug, Clone, Copy)]

@@ -9,11 +9,9 @@
 //! Which of several equally good points is taken decides whose line is whose, so the order of the sweeps and the
 //! comparisons below are part of the result.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-
 use super::discard::{Kept, doubling_root};
 use super::trim::{common_head, common_tail};
-use crate::git::Error;
+use crate::git::{Error, Interrupt};
 
 /// A diagonal run of more than this many equal lines is a sign of a good path.
 const RUN: i32 = 20;
@@ -75,7 +73,7 @@ impl Myers {
         kept: Kept<'_>,
         changed_a: &mut [u8],
         changed_b: &mut [u8],
-        interrupt: &AtomicBool,
+        interrupt: &Interrupt<'_>,
     ) -> Result<(), Error> {
         let (a_len, b_len) = (kept.a.len(), kept.b.len());
         let diagonals = a_len + b_len + 3;
@@ -95,7 +93,7 @@ impl Myers {
             minimal: false,
         });
         while let Some(whole) = self.areas.pop() {
-            let part = shrink(whole, kept);
+            let part = shrink(whole, kept, interrupt)?;
             let (a_range, b_range) = (
                 part.a_from as usize..part.a_to as usize,
                 part.b_from as usize..part.b_to as usize,
@@ -144,19 +142,19 @@ impl Myers {
 }
 
 /// Leaves out equal lines at the head and then at the tail of an area.
-fn shrink(part: Area, kept: Kept<'_>) -> Area {
+fn shrink(part: Area, kept: Kept<'_>, interrupt: &Interrupt<'_>) -> Result<Area, Error> {
     let a = &kept.a[part.a_from as usize..part.a_to as usize];
     let b = &kept.b[part.b_from as usize..part.b_to as usize];
-    let head = common_head(a, b);
-    let tail = common_tail(&a[head..], &b[head..]) as i32;
+    let head = common_head(a, b, interrupt)?;
+    let tail = common_tail(&a[head..], &b[head..], interrupt)? as i32;
     let head = head as i32;
-    Area {
+    Ok(Area {
         a_from: part.a_from + head,
         a_to: part.a_to - tail,
         b_from: part.b_from + head,
         b_to: part.b_to - tail,
         minimal: part.minimal,
-    }
+    })
 }
 
 /// Finds the point where an area without equal ends is cut.
@@ -166,7 +164,7 @@ fn split(
     cost_limit: i32,
     forward: &mut Front<'_>,
     backward: &mut Front<'_>,
-    interrupt: &AtomicBool,
+    interrupt: &Interrupt<'_>,
 ) -> Result<Split, Error> {
     let Area {
         a_from,
@@ -186,9 +184,8 @@ fn split(
     backward.set(end, a_to);
 
     for cost in 1.. {
-        if interrupt.load(Ordering::Relaxed) {
-            return Err(Error::Interrupted);
-        }
+        // Each diagonal of both sweeps, which may be looked at twice more for a good point.
+        interrupt.work(8 * cost as usize)?;
         let mut long_run = false;
 
         // One more edit from the start. Inside the area the sweep widens by a diagonal on each side, with a value
@@ -212,6 +209,9 @@ fn split(
             let run = run_forward(a, b, from, from - diagonal, a_to, b_to);
             let reached = from + run;
             long_run |= run > RUN;
+            if run > RUN {
+                interrupt.work(run as usize)?;
+            }
             forward.set(diagonal, reached);
             if odd
                 && (back_low..=back_high).contains(&diagonal)
@@ -247,6 +247,9 @@ fn split(
             let run = run_backward(a, b, from, from - diagonal, a_from, b_from);
             let reached = from - run;
             long_run |= run > RUN;
+            if run > RUN {
+                interrupt.work(run as usize)?;
+            }
             backward.set(diagonal, reached);
             if !odd && (low..=high).contains(&diagonal) && reached <= forward.get(diagonal) {
                 return Ok(Split {

@@ -12,18 +12,19 @@
 //! side, either of which may be empty.
 
 use std::cmp::Ordering;
-use std::sync::atomic::AtomicBool;
-use std::sync::atomic::Ordering::Relaxed;
 
 use super::Text;
 use super::lines::is_blank;
+use crate::git::{Error, Interrupt};
 
 /// How many places a group may be tried at by indentation, counted from the lowest.
 const MOST_PLACES: usize = 100;
 /// Indentation beyond this is taken for this.
 const DEEPEST: i32 = 200;
-/// Bytes looked at between two looks at the flag.
-const LONG_LINE: usize = 1 << 16;
+/// Blanks at the start of a line that are reported as work at once.
+const LONG_INDENT: usize = 1 << 16;
+/// What it costs to move a group by a line, or to look at a line around it.
+const STEP: usize = 8;
 /// This many blank lines in a row are as good as the border of a block.
 const MOST_BLANKS: i32 = 20;
 
@@ -33,8 +34,8 @@ pub(super) struct Side<'a> {
     /// Lines that take part, the common tail left out.
     pub(super) count: usize,
     pub(super) flags: &'a mut [u8],
-    /// When it is set, the groups are left wherever they are.
-    pub(super) interrupt: &'a AtomicBool,
+    /// When that is wished, the groups are left wherever they are.
+    pub(super) interrupt: &'a Interrupt<'a>,
 }
 
 /// Changed lines `start..end` between two unchanged lines; often empty.
@@ -45,44 +46,50 @@ struct Group {
 }
 
 /// Moves all groups of `own` to their places; the first `head` lines of `own` are unchanged.
-pub(super) fn slide(own: &mut Side<'_>, other: &Side<'_>, head: usize) {
+pub(super) fn slide(own: &mut Side<'_>, other: &Side<'_>, head: usize) -> Result<(), Error> {
     // Groups of the other text may have moved up into the equal lines at the head; before them both texts are in
     // step.
     let head = memchr::memchr(1, &other.flags[1..=head]).unwrap_or(head);
     let mut group = own.group_from(head);
     let mut partner = other.group_from(head);
-    while !own.is_interrupted() {
+    loop {
+        own.interrupt.work(STEP)?;
         if group.is_empty() {
             let Some(distance) = memchr::memchr(1, &own.flags[group.end + 1..=own.count]) else {
-                return;
+                return Ok(());
             };
             let start = group.end + distance;
             group = own.group_from(start);
             partner = other.skip_unchanged(partner, distance);
         }
-        place(own, other, &mut group, &mut partner);
+        place(own, other, &mut group, &mut partner)?;
         match (own.next(group), other.next(partner)) {
             (Some(group_after), Some(partner_after)) => {
                 (group, partner) = (group_after, partner_after)
             }
-            _ => return,
+            _ => return Ok(()),
         }
     }
 }
 
 /// Moves one group, and what it joins, to its place.
-fn place(own: &mut Side<'_>, other: &Side<'_>, group: &mut Group, partner: &mut Group) {
+fn place(
+    own: &mut Side<'_>,
+    other: &Side<'_>,
+    group: &mut Group,
+    partner: &mut Group,
+) -> Result<(), Error> {
     let mut highest_end;
     let mut beside_change;
     // A group that has joined another one may reach further, so both ends are looked for again.
     loop {
         let length = group.len();
-        while !own.is_interrupted() && own.move_up(group) {
+        while own.move_up(group)? {
             *partner = other.previous(*partner);
         }
         highest_end = group.end;
         beside_change = !partner.is_empty();
-        while !own.is_interrupted() && own.move_down(group) {
+        while own.move_down(group)? {
             let Some(after) = other.next(*partner) else {
                 break;
             };
@@ -95,18 +102,19 @@ fn place(own: &mut Side<'_>, other: &Side<'_>, group: &mut Group, partner: &mut 
     }
 
     if group.end == highest_end {
-        return;
+        return Ok(());
     }
     if beside_change {
-        while partner.is_empty() && !own.is_interrupted() && own.move_up(group) {
+        while partner.is_empty() && own.move_up(group)? {
             *partner = other.previous(*partner);
         }
     } else {
-        let end = best_end(own, *group, highest_end);
-        while group.end > end && own.move_up(group) {
+        let end = best_end(own, *group, highest_end)?;
+        while group.end > end && own.move_up(group)? {
             *partner = other.previous(*partner);
         }
     }
+    Ok(())
 }
 
 impl Group {
@@ -120,10 +128,6 @@ impl Group {
 }
 
 impl Side<'_> {
-    fn is_interrupted(&self) -> bool {
-        self.interrupt.load(Relaxed)
-    }
-
     fn changed(&self, line: usize) -> bool {
         self.flags[line + 1] != 0
     }
@@ -172,9 +176,10 @@ impl Side<'_> {
     }
 
     /// Moves a group up by one line, joining the group it meets.
-    fn move_up(&mut self, group: &mut Group) -> bool {
+    fn move_up(&mut self, group: &mut Group) -> Result<bool, Error> {
+        self.interrupt.work(STEP)?;
         if group.start == 0 || !self.equal(group.start - 1, group.end - 1) {
-            return false;
+            return Ok(false);
         }
         group.start -= 1;
         group.end -= 1;
@@ -183,13 +188,14 @@ impl Side<'_> {
         while group.start > 0 && self.changed(group.start - 1) {
             group.start -= 1;
         }
-        true
+        Ok(true)
     }
 
     /// Moves a group down by one line, joining the group it meets.
-    fn move_down(&mut self, group: &mut Group) -> bool {
+    fn move_down(&mut self, group: &mut Group) -> Result<bool, Error> {
+        self.interrupt.work(STEP)?;
         if group.end >= self.count || !self.equal(group.start, group.end) {
-            return false;
+            return Ok(false);
         }
         self.flags[group.start + 1] = 0;
         self.flags[group.end + 1] = 1;
@@ -198,33 +204,34 @@ impl Side<'_> {
         while group.end < self.count && self.changed(group.end) {
             group.end += 1;
         }
-        true
+        Ok(true)
     }
 
     /// How deep a line is indented, TAB going to multiples of 8; nothing for a blank line.
-    fn indent(&self, line: usize) -> Option<i32> {
+    fn indent(&self, line: usize) -> Result<Option<i32>, Error> {
+        self.interrupt.work(STEP)?;
         let mut indent = 0;
         for (place, &byte) in (0..).zip(&self.text.bytes[self.text.lines.range(line as u32)]) {
             // A line may be nothing but carriage returns.
-            if place % LONG_LINE == LONG_LINE - 1 && self.is_interrupted() {
-                return None;
+            if place % LONG_INDENT == LONG_INDENT - 1 {
+                self.interrupt.work(LONG_INDENT)?;
             }
             match byte {
                 b' ' => indent += 1,
                 b'\t' => indent += 8 - indent % 8,
-                other if !is_blank(other) => return Some(indent),
+                other if !is_blank(other) => return Ok(Some(indent)),
                 _ => {}
             }
             if indent >= DEEPEST {
-                return Some(DEEPEST);
+                return Ok(Some(DEEPEST));
             }
         }
-        None
+        Ok(None)
     }
 }
 
 /// The end a group of at least two places has where the lines around it are indented best.
-fn best_end(own: &Side<'_>, group: Group, highest_end: usize) -> usize {
+fn best_end(own: &Side<'_>, group: Group, highest_end: usize) -> Result<usize, Error> {
     let length = group.len();
     // Moving up by more than the group is long only repeats what was seen.
     let first = highest_end
@@ -233,8 +240,8 @@ fn best_end(own: &Side<'_>, group: Group, highest_end: usize) -> usize {
     let mut best: Option<(usize, Score)> = None;
     for end in first..=group.end {
         let mut score = Score::default();
-        score.add_cut(own, end);
-        score.add_cut(own, end - length);
+        score.add_cut(own, end)?;
+        score.add_cut(own, end - length)?;
         if best
             .as_ref()
             .is_none_or(|(_, least)| score.compare(least) != Ordering::Greater)
@@ -242,7 +249,7 @@ fn best_end(own: &Side<'_>, group: Group, highest_end: usize) -> usize {
             best = Some((end, score));
         }
     }
-    best.map_or(group.end, |(end, _)| end)
+    Ok(best.map_or(group.end, |(end, _)| end))
 }
 
 /// How bad it is to cut a text before two lines; less is better.
@@ -255,11 +262,11 @@ struct Score {
 
 impl Score {
     /// Adds the cut before `line`, which may be the end of the text.
-    fn add_cut(&mut self, own: &Side<'_>, line: usize) {
+    fn add_cut(&mut self, own: &Side<'_>, line: usize) -> Result<(), Error> {
         let at_end = line >= own.count;
-        let here = if at_end { None } else { own.indent(line) };
-        let (blanks_before, before) = look(own, &mut (0..line).rev());
-        let (blanks_after, after) = look(own, &mut (line + 1..own.count));
+        let here = if at_end { None } else { own.indent(line)? };
+        let (blanks_before, before) = look(own, &mut (0..line).rev())?;
+        let (blanks_after, after) = look(own, &mut (line + 1..own.count))?;
 
         // The first line of the text and its end are poor places.
         if before.is_none() && blanks_before == 0 {
@@ -276,7 +283,7 @@ impl Score {
         let indent = here.or(after);
         self.indent += indent.unwrap_or(-1);
         let (Some(indent), Some(before)) = (indent, before) else {
-            return;
+            return Ok(());
         };
         let beside_blank = blanks != 0;
         self.penalty += match indent.cmp(&before) {
@@ -288,6 +295,7 @@ impl Score {
             Ordering::Less if after.is_some_and(|after| after > indent) => 24,
             Ordering::Less => 23,
         };
+        Ok(())
     }
 
     /// Indentation weighs more than all the rest together usually does.
@@ -299,16 +307,19 @@ impl Score {
 }
 
 /// Blank lines in a direction, and the indentation of the first line that is not; too many count as the margin.
-fn look(own: &Side<'_>, lines: &mut dyn Iterator<Item = usize>) -> (i32, Option<i32>) {
+fn look(
+    own: &Side<'_>,
+    lines: &mut dyn Iterator<Item = usize>,
+) -> Result<(i32, Option<i32>), Error> {
     let mut blanks = 0;
     for line in lines {
-        if let Some(indent) = own.indent(line) {
-            return (blanks, Some(indent));
+        if let Some(indent) = own.indent(line)? {
+            return Ok((blanks, Some(indent)));
         }
         blanks += 1;
         if blanks == MOST_BLANKS {
-            return (blanks, Some(0));
+            return Ok((blanks, Some(0)));
         }
     }
-    (blanks, None)
+    Ok((blanks, None))
 }

@@ -5,12 +5,17 @@
 //! are not counted, which changes where repeated blocks are seen as inserted.
 
 use super::Text;
+use crate::git::{Error, Interrupt};
 
 /// The tail is compared and set aside in blocks of this many bytes.
 const BLOCK: usize = 1024;
 
 /// The line counts of both texts without the common tail that git sets aside.
-pub(super) fn lines_before_tail(a: Text<'_>, b: Text<'_>) -> (usize, usize) {
+pub(super) fn lines_before_tail(
+    a: Text<'_>,
+    b: Text<'_>,
+    interrupt: &Interrupt<'_>,
+) -> Result<(usize, usize), Error> {
     let shorter = a.bytes.len().min(b.bytes.len());
     let mut tail = 0;
     while tail + BLOCK <= shorter
@@ -18,6 +23,7 @@ pub(super) fn lines_before_tail(a: Text<'_>, b: Text<'_>) -> (usize, usize) {
             == b.bytes[b.bytes.len() - tail - BLOCK..b.bytes.len() - tail]
     {
         tail += BLOCK;
+        interrupt.work(BLOCK)?;
     }
     let set_aside = match memchr::memchr(b'\n', &a.bytes[a.bytes.len() - tail..]) {
         Some(line_feed) => tail - line_feed - 1,
@@ -31,42 +37,53 @@ pub(super) fn lines_before_tail(a: Text<'_>, b: Text<'_>) -> (usize, usize) {
             .partition_point(|&line_end| line_end as usize <= end)
     };
     if set_aside == 0 {
-        return (a.lines.ends().len(), b.lines.ends().len());
+        return Ok((a.lines.ends().len(), b.lines.ends().len()));
     }
-    (count(a), count(b))
+    Ok((count(a), count(b)))
 }
 
 /// How many elements two slices have in common at the head.
-pub(super) fn common_head<T: PartialEq>(a: &[T], b: &[T]) -> usize {
+pub(super) fn common_head<T: PartialEq>(
+    a: &[T],
+    b: &[T],
+    interrupt: &Interrupt<'_>,
+) -> Result<usize, Error> {
     let length = a.len().min(b.len());
     let (a, b) = (&a[..length], &b[..length]);
     let mut head = 0;
     // Whole blocks are compared as memory; the first unequal one is looked at closely.
     while head + BLOCK <= length && a[head..head + BLOCK] == b[head..head + BLOCK] {
         head += BLOCK;
+        interrupt.work(BLOCK)?;
     }
-    head + a[head..]
-        .iter()
-        .zip(&b[head..])
-        .take_while(|(a, b)| a == b)
-        .count()
+    Ok(head
+        + a[head..]
+            .iter()
+            .zip(&b[head..])
+            .take_while(|(a, b)| a == b)
+            .count())
 }
 
 /// How many elements two slices have in common at the tail.
-pub(super) fn common_tail<T: PartialEq>(a: &[T], b: &[T]) -> usize {
+pub(super) fn common_tail<T: PartialEq>(
+    a: &[T],
+    b: &[T],
+    interrupt: &Interrupt<'_>,
+) -> Result<usize, Error> {
     let length = a.len().min(b.len());
     let (a, b) = (&a[a.len() - length..], &b[b.len() - length..]);
     let mut left = length;
     while left >= BLOCK && a[left - BLOCK..left] == b[left - BLOCK..left] {
         left -= BLOCK;
+        interrupt.work(BLOCK)?;
     }
-    length - left
+    Ok(length - left
         + a[..left]
             .iter()
             .rev()
             .zip(b[..left].iter().rev())
             .take_while(|(a, b)| a == b)
-            .count()
+            .count())
 }
 
 #[cfg(test)]
@@ -88,7 +105,9 @@ mod tests {
                 bytes: b,
                 lines: &b_lines,
             },
+            &Interrupt::never(),
         )
+        .unwrap()
     }
 
     #[test]
@@ -128,10 +147,11 @@ mod tests {
         for length in [0, 1, 1023, 1024, 1025, 3000] {
             let same = vec![7_u8; length];
             let (front, back) = ([&[1], &same[..]].concat(), [&[2, 3], &same[..]].concat());
-            assert_eq!(common_tail(&front, &back), length);
+            let never = Interrupt::never();
+            assert_eq!(common_tail(&front, &back, &never).unwrap(), length);
             let (front, back) = ([&same[..], &[1]].concat(), [&same[..], &[2, 3]].concat());
-            assert_eq!(common_head(&front, &back), length);
-            assert_eq!(common_head(&same, &same), length);
+            assert_eq!(common_head(&front, &back, &never).unwrap(), length);
+            assert_eq!(common_head(&same, &same, &never).unwrap(), length);
         }
     }
 }

@@ -5,10 +5,11 @@
 //! and length (three) follow, absent ones are zero, length zero means 65,536. Any other
 //! opcode but zero is a number of literal bytes that follow.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use crate::git::Interrupt;
+use crate::git::interrupt::STRIDE;
 
-/// Bytes made between two looks at the flag.
-const STEP: usize = 1 << 20;
+/// What an opcode costs beside its bytes.
+const OPCODE: usize = 8;
 
 /// The sizes of base and result, and how many bytes of the delta they take.
 pub(super) fn sizes(delta: &[u8]) -> Option<(u64, u64, usize)> {
@@ -34,7 +35,7 @@ fn size(bytes: &[u8]) -> Option<(u64, usize)> {
 pub(super) fn apply(
     base: &[u8],
     delta: &[u8],
-    interrupt: &AtomicBool,
+    interrupt: &Interrupt<'_>,
 ) -> Result<Vec<u8>, &'static str> {
     let (base_size, result_size, header) = sizes(delta).ok_or("its delta has no sizes")?;
     if base_size != base.len() as u64 {
@@ -43,7 +44,6 @@ pub(super) fn apply(
     let result_size = result_size as usize;
     let mut result = Vec::with_capacity(result_size);
     let mut rest = &delta[header..];
-    let mut next_look = STEP;
     while let Some((&opcode, after)) = rest.split_first() {
         rest = after;
         let piece = if opcode & 0x80 != 0 {
@@ -76,13 +76,12 @@ pub(super) fn apply(
         if piece.len() > result_size - result.len() {
             return Err("its delta makes more bytes than it says");
         }
-        result.extend_from_slice(piece);
-        if result.len() >= next_look {
-            next_look = result.len() + STEP;
-            if interrupt.load(Ordering::Relaxed) {
+        for part in piece.chunks(STRIDE / 2) {
+            if interrupt.work(part.len() + OPCODE).is_err() {
                 // Whoever reads on looks at the flag before anything else.
                 return Err("it was not read to its end");
             }
+            result.extend_from_slice(part);
         }
     }
     if result.len() != result_size {
@@ -94,9 +93,10 @@ pub(super) fn apply(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::git::Error;
 
     fn apply(base: &[u8], delta: &[u8]) -> Result<Vec<u8>, &'static str> {
-        super::apply(base, delta, &AtomicBool::new(false))
+        super::apply(base, delta, &Interrupt::never())
     }
 
     #[test]
@@ -105,6 +105,19 @@ mod tests {
         // Sizes 11 and 10; copy 5 from 6; literal " you"; copy 1 from 4.
         let delta = [11, 10, 0x91, 6, 5, 4, b' ', b'y', b'o', b'u', 0x91, 4, 1];
         assert_eq!(apply(base, &delta).unwrap(), b"world youo");
+    }
+
+    #[test]
+    fn applying_a_large_delta_can_be_interrupted() {
+        // 4 MiB: a copy of 65,536 bytes 64 times.
+        let base = vec![7; 65_536];
+        let mut delta = vec![0x80, 0x80, 4, 0x80, 0x80, 0x80, 2];
+        delta.extend([0x80; 64]);
+        assert_eq!(apply(&base, &delta).unwrap(), vec![7; 4 << 20]);
+        Interrupt::check(4 << 20, |interrupt| {
+            let made = super::apply(&base, &delta, interrupt);
+            made.map(|_| ()).map_err(|_| Error::Interrupted)
+        });
     }
 
     #[test]

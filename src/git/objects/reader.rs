@@ -1,18 +1,20 @@
 //! One thread's view of the objects: packs, caches and scratch memory.
 
 use std::cell::OnceCell;
+use std::io::Read as _;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use libdeflater::Decompressor;
 
 use super::cache::Cache;
 use super::delta;
-use super::pack::{Place, Storage};
+use super::pack::{Entry, Place, Storage};
 use super::{Kind, Packs};
+use crate::git::interrupt::STRIDE;
 use crate::git::line_diff::Lines;
 use crate::git::tree::Starts;
-use crate::git::{Error, Oid, Repository};
+use crate::git::{Error, Interrupt, Oid, Repository};
 
 /// git writes chains of at most 4,095 deltas.
 const LONGEST_CHAIN: usize = 4_096;
@@ -26,8 +28,11 @@ const PLACES: usize = 1 << 12;
 /// Larger objects are inflated in steps.
 const LARGE: usize = 8 << 20;
 
-/// Bytes inflated between two looks at the flag.
-const STEP: usize = 1 << 20;
+/// Loose objects from this size on are read in steps.
+const LARGE_LOOSE: u64 = 1 << 20;
+
+/// Bytes inflated at once then.
+const STEP: usize = STRIDE / 2;
 
 /// What an object may weigh.
 #[derive(Debug, Clone, Copy)]
@@ -56,6 +61,12 @@ pub struct Object {
     pub lines: OnceCell<Lines>,
     /// The same for trees.
     pub starts: OnceCell<Starts>,
+}
+
+impl AsRef<[u8]> for Object {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
 }
 
 impl Object {
@@ -97,7 +108,7 @@ pub struct Reader<'a> {
     scratch: Vec<u8>,
     chain: Vec<Place>,
     limits: Limits,
-    interrupt: &'a AtomicBool,
+    interrupt: Interrupt<'a>,
     counters: Counters,
 }
 
@@ -128,7 +139,7 @@ impl<'a> Reader<'a> {
             scratch: Vec::new(),
             chain: Vec::new(),
             limits,
-            interrupt,
+            interrupt: Interrupt::new(interrupt),
             counters: Counters::default(),
         }
     }
@@ -172,17 +183,8 @@ impl<'a> Reader<'a> {
             Storage::Whole(Kind::Blob) => Ok(entry.size),
             Storage::Whole(kind) => Err(corrupt(&wrong_kind(kind, Kind::Blob))),
             _ if entry.size <= SMALL_DELTA => {
-                self.scratch.clear();
-                self.scratch.resize(entry.size as usize, 0);
-                inflate(
-                    &mut self.inflater,
-                    entry.deflated,
-                    &mut self.scratch,
-                    self.interrupt,
-                )
-                .map_err(|reason| self.unless_interrupted(corrupt(reason)))?;
-                self.counters.inflated_bytes += entry.size;
-                delta::sizes(&self.scratch)
+                let delta = self.inflate_delta(oid, &entry)?;
+                delta::sizes(delta)
                     .map(|(_, size, _)| size)
                     .ok_or_else(|| corrupt("its delta has no sizes"))
             }
@@ -206,16 +208,13 @@ impl<'a> Reader<'a> {
     }
 
     /// The flag that says so, for long work on what was read.
-    pub fn interrupt(&self) -> &'a AtomicBool {
-        self.interrupt
+    pub fn interrupt(&self) -> &Interrupt<'a> {
+        &self.interrupt
     }
 
     /// An error if the caller wants everything to stop.
     pub fn check_interrupt(&self) -> Result<(), Error> {
-        if self.interrupt.load(Ordering::Relaxed) {
-            return Err(Error::Interrupted);
-        }
-        Ok(())
+        self.interrupt.look()
     }
 
     /// Work that was ended by the flag looks like an error.
@@ -299,14 +298,7 @@ impl<'a> Reader<'a> {
             Storage::Whole(stored) if stored == kind => {
                 self.check_size(oid, kind, entry.size)?;
                 let mut bytes = vec![0; entry.size as usize];
-                inflate(
-                    &mut self.inflater,
-                    entry.deflated,
-                    &mut bytes,
-                    self.interrupt,
-                )
-                .map_err(|reason| self.unless_interrupted(corrupt(reason)))?;
-                self.counters.inflated_bytes += entry.size;
+                self.inflate(oid, &entry, &mut bytes)?;
                 if kind == Kind::Commit && !is_base {
                     // Nobody asks for a commit twice.
                     self.counters.made += 1;
@@ -337,22 +329,38 @@ impl<'a> Reader<'a> {
         };
         let entry = self.packs.entry(place).map_err(corrupt)?;
         self.check_size(oid, kind, entry.size)?;
-        self.scratch.clear();
-        self.scratch.resize(entry.size as usize, 0);
-        inflate(
-            &mut self.inflater,
-            entry.deflated,
-            &mut self.scratch,
-            self.interrupt,
-        )
-        .map_err(|reason| self.unless_interrupted(corrupt(reason)))?;
-        self.counters.inflated_bytes += entry.size;
-        let (_, size, _) =
-            delta::sizes(&self.scratch).ok_or_else(|| corrupt("its delta has no sizes"))?;
+        let delta = self.inflate_delta(oid, &entry)?;
+        let (_, size, _) = delta::sizes(delta).ok_or_else(|| corrupt("its delta has no sizes"))?;
         self.check_size(oid, kind, size)?;
-        let bytes = delta::apply(&base.bytes, &self.scratch, self.interrupt)
+        let delta = &self.scratch[..entry.size as usize];
+        let bytes = delta::apply(&base.bytes, delta, &self.interrupt)
             .map_err(|reason| self.unless_interrupted(corrupt(reason)))?;
         Ok(self.keep(place, kind, bytes))
+    }
+
+    /// Inflates an entry of as many bytes as `to` has.
+    fn inflate(&mut self, oid: Oid, entry: &Entry<'_>, to: &mut [u8]) -> Result<(), Error> {
+        inflate(&mut self.inflater, entry.deflated, to, &self.interrupt).map_err(|reason| {
+            self.unless_interrupted(Error::Corrupt {
+                oid,
+                reason: reason.to_owned(),
+            })
+        })?;
+        self.counters.inflated_bytes += entry.size;
+        Ok(())
+    }
+
+    /// The same into the start of the scratch memory, whose size the caller has checked.
+    fn inflate_delta(&mut self, oid: Oid, entry: &Entry<'_>) -> Result<&[u8], Error> {
+        let size = entry.size as usize;
+        let mut scratch = std::mem::take(&mut self.scratch);
+        if scratch.len() < size {
+            scratch = vec![0; size];
+        }
+        let inflated = self.inflate(oid, entry, &mut scratch[..size]);
+        self.scratch = scratch;
+        inflated?;
+        Ok(&self.scratch[..size])
     }
 
     fn keep(&mut self, place: Place, kind: Kind, bytes: Vec<u8>) -> Rc<Object> {
@@ -392,15 +400,43 @@ impl<'a> Reader<'a> {
                 .map(|(size, kind)| (kind, size as u64))
         })?;
         self.check_size(oid, kind, size)?;
-        let bytes = self.ask_libgit2(oid, kind, |odb, name| {
-            odb.read(name)
-                .map(|object| (object.kind(), object.data().to_vec()))
-        })?;
+        let streamed = match size {
+            0..LARGE_LOOSE => None,
+            _ => self.stream(oid, kind, size as usize)?,
+        };
+        let bytes = match streamed {
+            Some(bytes) => bytes,
+            None => self.ask_libgit2(oid, kind, |odb, name| {
+                odb.read(name)
+                    .map(|object| (object.kind(), object.data().to_vec()))
+            })?,
+        };
         self.counters.made += 1;
         self.counters.made_bytes += size;
         let object = Object::new(bytes);
         self.others.insert(oid, Rc::clone(&object), weight(&object));
         Ok(object)
+    }
+
+    /// Reads a large loose object piece by piece; `None` when it lies elsewhere, where libgit2 can only read it
+    /// as a whole.
+    fn stream(&mut self, oid: Oid, kind: Kind, size: usize) -> Result<Option<Vec<u8>>, Error> {
+        let corrupt = |reason: String| Error::Corrupt { oid, reason };
+        let name = oid.to_string();
+        let path = self.repository.objects().join(&name[..2]).join(&name[2..]);
+        let Ok(file) = std::fs::File::open(path) else {
+            return Ok(None);
+        };
+        let mut stream = flate2::read::ZlibDecoder::new(file);
+        let mut header = vec![0; format!("{} {size}\0", kind.word()).len()];
+        let mut bytes = vec![0; size];
+        let unreadable = |error: std::io::Error| corrupt(format!("its file: {error}"));
+        stream.read_exact(&mut header).map_err(unreadable)?;
+        for piece in bytes.chunks_mut(STEP) {
+            self.interrupt.work(piece.len())?;
+            stream.read_exact(piece).map_err(unreadable)?;
+        }
+        Ok(Some(bytes))
     }
 
     fn ask_libgit2<T>(
@@ -452,12 +488,17 @@ fn inflate(
     inflater: &mut Decompressor,
     from: &[u8],
     to: &mut [u8],
-    interrupt: &AtomicBool,
+    interrupt: &Interrupt<'_>,
 ) -> Result<(), &'static str> {
     const LESS: &str = "its deflated bytes hold less than its pack says";
     const MORE: &str = "its deflated bytes hold more than its pack says";
     const DAMAGED: &str = "its deflated bytes are damaged";
+    // Whoever reads on looks at the flag before anything else.
+    const STOPPED: &str = "it was not read to its end";
     if to.len() <= LARGE {
+        if interrupt.work(to.len().min(STEP)).is_err() {
+            return Err(STOPPED);
+        }
         return match inflater.zlib_decompress(from, to) {
             Ok(size) if size == to.len() => Ok(()),
             Ok(_) => Err(LESS),
@@ -467,9 +508,8 @@ fn inflate(
     }
     let mut stream = flate2::Decompress::new(true);
     loop {
-        if interrupt.load(Ordering::Relaxed) {
-            // Whoever reads on looks at the flag before anything else.
-            return Err("it was not read to its end");
+        if interrupt.work(STEP).is_err() {
+            return Err(STOPPED);
         }
         let (read, written) = (stream.total_in() as usize, stream.total_out() as usize);
         let input = from.get(read..).unwrap_or_default();
@@ -507,7 +547,7 @@ mod tests {
 
     #[test]
     fn large_and_small_objects_inflate_to_exactly_what_was_deflated() {
-        let go = AtomicBool::new(false);
+        let go = Interrupt::never();
         for size in [0, 1, LARGE, LARGE + 1, LARGE + STEP, LARGE * 2 + 7] {
             let bytes: Vec<u8> = (0..size).map(|at| (at % 251) as u8).collect();
             let mut stream = deflated(&bytes);
@@ -532,8 +572,9 @@ mod tests {
     fn the_flag_ends_the_inflation_of_a_large_object() {
         let stream = deflated(&vec![7; LARGE * 2]);
         let mut out = vec![0; LARGE * 2];
-        let stop = AtomicBool::new(true);
-        assert!(inflate(&mut Decompressor::new(), &stream, &mut out, &stop).is_err());
-        assert!(out.iter().all(|&byte| byte == 0));
+        Interrupt::check(LARGE * 2, |interrupt| {
+            let answer = inflate(&mut Decompressor::new(), &stream, &mut out, interrupt);
+            answer.map_err(|_| Error::Interrupted)
+        });
     }
 }

@@ -4,12 +4,15 @@ use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::rc::Rc;
 
-use crate::git::Oid;
+use crate::git::interrupt::STRIDE;
+use crate::git::{Error, Interrupt, Oid};
 
 /// Chunk numbers are below this.
 pub(super) const CHUNK_NUMBERS: usize = 107_927;
 /// A chunk without line feed ends after so many bytes.
 const LONGEST_CHUNK: u32 = 64;
+/// Bytes reported as work at once.
+const PORTION: usize = STRIDE / 16;
 /// A NUL among so many first bytes makes a blob binary.
 const BINARY_PROBE: usize = 8000;
 
@@ -27,7 +30,11 @@ pub(super) struct Counter {
 
 impl Counter {
     /// The chunks of a blob, in no order.
-    pub(super) fn count(&mut self, blob: &[u8]) -> Vec<(u32, u32)> {
+    pub(super) fn count(
+        &mut self,
+        blob: &[u8],
+        interrupt: &Interrupt<'_>,
+    ) -> Result<Vec<(u32, u32)>, Error> {
         self.bytes.resize(CHUNK_NUMBERS, 0);
         self.numbers.clear();
         let text = memchr::memchr(0, &blob[..blob.len().min(BINARY_PROBE)]).is_none();
@@ -35,6 +42,12 @@ impl Counter {
         // Two registers of 32 bits that are rolled through each other by seven bits for every byte.
         let (mut upper, mut lower, mut length) = (0_u32, 0_u32, 0);
         for (index, &byte) in blob.iter().enumerate() {
+            if index % PORTION == 0
+                && let Err(stop) = interrupt.work(PORTION.min(blob.len() - index))
+            {
+                self.take();
+                return Err(stop);
+            }
             if text && byte == b'\r' && blob.get(index + 1) == Some(&b'\n') {
                 continue;
             }
@@ -52,6 +65,11 @@ impl Counter {
             self.add(upper, lower, length);
         }
 
+        Ok(self.take())
+    }
+
+    /// What was counted; nothing remains.
+    fn take(&mut self) -> Vec<(u32, u32)> {
         let bytes = &mut self.bytes;
         self.numbers
             .iter()
@@ -128,5 +146,21 @@ impl Hasher for OidHasher {
 
     fn finish(&self) -> u64 {
         self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counting_the_chunks_of_a_large_blob_can_be_interrupted_and_leaves_nothing_behind() {
+        let blob = b"some line or other\n".repeat(1 << 18);
+        let mut counter = Counter::default();
+        Interrupt::check(blob.len(), |interrupt| {
+            let counted = counter.count(&blob, interrupt);
+            assert!(counter.bytes.iter().all(|&bytes| bytes == 0));
+            counted.map(|_| ())
+        });
     }
 }
