@@ -11,6 +11,7 @@ use super::{banner, connect};
 use crate::analysis;
 use crate::config::{self, Loaded, Settings};
 use crate::database::Keys;
+use crate::git::url::Policy;
 use crate::logging;
 use crate::pool::{self, Sandbox};
 use crate::protocol::nodename::{self, Nodename};
@@ -110,6 +111,13 @@ fn blueprint(
     let accept = Accept::from_names(settings.accept_content.iter().map(String::as_str))
         .map_err(|error| anyhow!("CELERY_ACCEPT_CONTENT: {error}"))?;
     let queues = queues(&settings, options)?;
+    let mut hosts = settings.repo_hosts.iter();
+    if let Some(entry) = hosts.find(|entry| !Policy::is_usable_host(entry)) {
+        // It would match nothing, and every single analysis would be refused.
+        return Err(anyhow!(
+            "REPO_HOSTS: '{entry}' is no host; example: REPO_HOSTS=github.com,.example.com,git.example.com:8443"
+        ));
+    }
     if let Some(path) = analyze_repo::authorities(&settings) {
         // A file that nobody can use would fail every single analysis.
         analysis::authorities(&path)?;
