@@ -11,7 +11,7 @@ use super::{banner, connect};
 use crate::analysis;
 use crate::config::{self, Loaded, Settings};
 use crate::database::Keys;
-use crate::git::policy::Policy;
+use crate::git::url::Policy;
 use crate::logging;
 use crate::pool::{self, Sandbox};
 use crate::protocol::nodename::{self, Nodename};
@@ -303,13 +303,11 @@ fn check(settings: &Settings) -> anyhow::Result<()> {
         rate_limit::parse(text)
             .map_err(|_| anyhow!("CELERY_TASK_DEFAULT_RATE_LIMIT: '{text}' is no rate; example: CELERY_TASK_DEFAULT_RATE_LIMIT=10/m"))?;
     }
-    if let Some(entry) = settings
-        .repo_hosts
-        .iter()
-        .find(|entry| !Policy::is_host(entry))
-    {
+    let mut hosts = settings.repo_hosts.iter();
+    if let Some(entry) = hosts.find(|entry| !Policy::is_usable_host(entry)) {
+        // It would match nothing, and every single analysis would be refused.
         return Err(anyhow!(
-            "REPO_HOSTS: '{entry}' is no host; example: REPO_HOSTS=github.com,*.example.com,git.example.org:8443"
+            "REPO_HOSTS: '{entry}' is no host; example: REPO_HOSTS=github.com,.example.com,git.example.com:8443"
         ));
     }
     if let Some(text) = &settings.user_rate_limit {

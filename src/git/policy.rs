@@ -24,21 +24,6 @@ pub struct Policy {
 }
 
 impl Policy {
-    /// Whether an entry of `hosts` can mean anything: a name or an address, perhaps with a port, no URL.
-    pub fn is_host(entry: &str) -> bool {
-        let entry = entry.trim();
-        let (name, port) = match entry.rsplit_once(':') {
-            Some((name, port)) if !name.contains(':') => (name, Some(port)),
-            _ => (entry, None),
-        };
-        let name = name.strip_prefix('*').unwrap_or(name);
-        let name = name.strip_prefix('.').unwrap_or(name);
-        let letter = |c: char| c.is_alphanumeric() || "-_.:[]".contains(c);
-        !name.is_empty()
-            && name.chars().all(letter)
-            && port.is_none_or(|port| port.parse::<u16>().is_ok_and(|port| port > 0))
-    }
-
     /// Whether the allow-list names this host and port.
     pub fn allows_host(&self, host: &str, port: u16) -> bool {
         self.hosts.is_empty()
@@ -60,5 +45,64 @@ impl Policy {
                 };
                 named && wanted_port.is_none_or(|wanted| wanted == port)
             })
+    }
+
+    /// Whether an entry of the allow-list can name anything at all: a host, with or without a
+    /// leading `.` or `*.` and a port, and nothing else, so no scheme, path or address in brackets.
+    pub fn is_usable_host(entry: &str) -> bool {
+        let entry = entry.trim();
+        let bare = entry.trim_start_matches('[').trim_end_matches(']');
+        if bare.parse::<std::net::Ipv6Addr>().is_ok() {
+            return true;
+        }
+        let (name, port) = match entry.rsplit_once(':') {
+            Some((name, port)) => (name, Some(port)),
+            None => (entry, None),
+        };
+        let name = name.strip_prefix("*.").unwrap_or(name);
+        let name = name.strip_prefix('.').unwrap_or(name);
+        let is_label = |label: &str| {
+            !label.is_empty()
+                && label
+                    .chars()
+                    .all(|it| it.is_alphanumeric() || it == '-' || it == '_')
+        };
+        name.split('.').all(is_label)
+            && port.is_none_or(|port| port.parse::<u16>().is_ok_and(|port| port > 0))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_entry_of_the_allow_list_is_a_host_and_nothing_else() {
+        for entry in [
+            "github.com",
+            ".example.com",
+            "*.example.com",
+            "localhost",
+            "git.example.com:8443",
+            "192.0.2.7",
+            "[2001:db8::7]",
+        ] {
+            assert!(Policy::is_usable_host(entry), "{entry}");
+        }
+        for entry in [
+            "",
+            "a b",
+            "https://github.com",
+            "github.com/owner",
+            "github.com:",
+            "github.com:https",
+            "github.com:0",
+            "*",
+            "git*.example.com",
+            "a..b",
+            "user@github.com",
+        ] {
+            assert!(!Policy::is_usable_host(entry), "{entry}");
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! Random histories: many open heads, merges of many parents, and in each commit some of the
 //! changes that are easy to get wrong.
 
-use super::fixture::{FILE, Fixture, LINK, Tree};
+use super::fixture::{FILE, Fixture, LINK, Tree, git_counts_last_lines};
 use crate::blame::Options;
 
 /// A small generator of numbers; the same seed gives the same numbers everywhere.
@@ -197,7 +197,7 @@ fn change(random: &mut Random, tree: &mut Tree) {
         }
         17 => {
             let mut bytes = bytes;
-            if bytes.pop().is_some_and(|last| last != b'\n') {
+            if bytes.pop().is_some_and(|last| last != b'\n') || !git_counts_last_lines() {
                 bytes.push(b'\n');
             }
             put(tree, &chosen, (mode, bytes));
