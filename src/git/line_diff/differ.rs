@@ -91,8 +91,7 @@ impl Differ {
             self.discard.run(
                 a_hashes,
                 b_hashes,
-                head,
-                tail,
+                (head, tail),
                 &mut self.changed_a[1..],
                 &mut self.changed_b[1..],
                 interrupt,

@@ -57,13 +57,12 @@ enum Matches {
 impl Discard {
     /// Flags what is set aside as changed and remembers what is kept.
     ///
-    /// `a` and `b` are whole texts; `head` and `tail` lines at their ends are equal. Flag `n` belongs to line `n`.
+    /// `a` and `b` are whole texts; so many lines at their head and tail are equal. Flag `n` belongs to line `n`.
     pub(super) fn run(
         &mut self,
         a: &[u64],
         b: &[u64],
-        head: usize,
-        tail: usize,
+        (head, tail): (usize, usize),
         changed_a: &mut [u8],
         changed_b: &mut [u8],
         interrupt: &Interrupt<'_>,
@@ -325,8 +324,7 @@ mod tests {
         let run = discard.run(
             &[1, 2, 3, 9],
             &[1, 3, 7, 2, 9],
-            1,
-            1,
+            (1, 1),
             &mut changed_a,
             &mut changed_b,
             &Interrupt::never(),
@@ -351,7 +349,7 @@ mod tests {
         let mut flags = [vec![0; a.len()], vec![0; b.len()]];
         Interrupt::check(a.len() * LOOK_UP * 2, |interrupt| {
             let [changed_a, changed_b] = &mut flags;
-            discard.run(&a, &b, 0, 0, changed_a, changed_b, interrupt)
+            discard.run(&a, &b, (0, 0), changed_a, changed_b, interrupt)
         });
         // The lines before and after the middles.
         Interrupt::check(600_000, |interrupt| {
@@ -359,7 +357,7 @@ mod tests {
             let (mut a, mut b) = (a.clone(), a.clone());
             (a[150_000], b[150_000]) = (1 << 40, 1 << 41);
             (a[150_001], b[150_002]) = (1 << 42, 1 << 42);
-            discard.run(&a, &b, 150_000, 149_900, changed_a, changed_b, interrupt)
+            discard.run(&a, &b, (150_000, 149_900), changed_a, changed_b, interrupt)
         });
     }
 
