@@ -341,7 +341,7 @@ impl Shard<'_> {
             keep(&new, Lines::of_until(&new.bytes, whitespace, interrupt)?);
         }
         if let (None, Some(near)) = (old.lines.get(), new.lines.get()) {
-            let lines = Lines::derive_until(&old.bytes, &new.bytes, near, whitespace, interrupt)?;
+            let lines = Lines::derive(&old.bytes, &new.bytes, near, whitespace, interrupt)?;
             keep(&old, lines);
         }
         let (Some(old_lines), Some(new_lines)) = (old.lines.get(), new.lines.get()) else {

@@ -53,18 +53,6 @@ pub struct Receiver {
     pending: std::vec::IntoIter<Received>,
 }
 
-impl Default for Ear {
-    fn default() -> Self {
-        Self {
-            prefix: "celeryev".to_owned(),
-            ttl: Some(5.0),
-            expires: Some(60.0),
-            exclusive: true,
-            durable: false,
-        }
-    }
-}
-
 impl Receiver {
     /// Subscribes by patterns such as `#` or `worker.#`. Events of the node `own` are left out.
     pub async fn subscribe(
@@ -260,7 +248,13 @@ mod tests {
         let mut receiver = Receiver::subscribe(
             &ours,
             exchange.clone(),
-            &Ear::default(),
+            &Ear {
+                prefix: "celeryev".to_owned(),
+                ttl: Some(5.0),
+                expires: Some(60.0),
+                exclusive: true,
+                durable: false,
+            },
             &["worker.#".to_owned()],
             Clock::default(),
             Some("me@h".to_owned()),

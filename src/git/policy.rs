@@ -24,57 +24,81 @@ pub struct Policy {
 }
 
 impl Policy {
-    /// Whether the allow-list names this host and port.
+    /// Whether the allow-list names this host, an address without brackets, and port.
     pub fn allows_host(&self, host: &str, port: u16) -> bool {
-        self.hosts.is_empty()
-            || self.hosts.iter().any(|entry| {
-                let entry = entry.trim().to_ascii_lowercase();
-                let (name, wanted_port) = match entry.rsplit_once(':') {
-                    // A port that is no number is 0, which no URL has.
-                    Some((name, digits)) if !name.contains(':') => {
-                        (name, Some(digits.parse::<u16>().unwrap_or(0)))
-                    }
-                    _ => (entry.as_str(), None),
-                };
-                let name = name.strip_prefix('*').unwrap_or(name);
-                let named = match name.strip_prefix('.') {
-                    Some(parent) => host
-                        .strip_suffix(parent)
-                        .is_some_and(|start| start.ends_with('.')),
-                    None => host == name,
-                };
-                named && wanted_port.is_none_or(|wanted| wanted == port)
-            })
+        let mut entries = self.hosts.iter().filter_map(|entry| Entry::parse(entry));
+        self.hosts.is_empty() || entries.any(|entry| entry.names(host, port))
     }
 
-    /// Whether an entry of the allow-list can name anything at all: a host, with or without a
-    /// leading `.` or `*.` and a port, and nothing else, so no scheme, path or address in brackets.
+    /// Whether an entry of the allow-list can name anything at all: a host, with or without a leading `.` or
+    /// `*.` and a port, and nothing else, so no scheme and no path.
     pub fn is_usable_host(entry: &str) -> bool {
-        let entry = entry.trim();
-        let bare = entry.trim_start_matches('[').trim_end_matches(']');
+        Entry::parse(entry).is_some()
+    }
+}
+
+/// An entry of the allow-list.
+struct Entry {
+    name: String,
+    /// Everything below the name, not the name itself.
+    below: bool,
+    port: Option<u16>,
+}
+
+impl Entry {
+    fn parse(text: &str) -> Option<Entry> {
+        let text = text.trim().to_ascii_lowercase();
+        let bare = text.trim_start_matches('[').trim_end_matches(']');
         if bare.parse::<std::net::Ipv6Addr>().is_ok() {
-            return true;
+            let name = bare.to_owned();
+            return Some(Entry {
+                name,
+                below: false,
+                port: None,
+            });
         }
-        let (name, port) = match entry.rsplit_once(':') {
-            Some((name, port)) => (name, Some(port)),
-            None => (entry, None),
+        let (name, port) = match text.rsplit_once(':') {
+            Some((name, port)) => (name, Some(port.parse().ok().filter(|&port| port > 0)?)),
+            None => (&*text, None),
         };
-        let name = name.strip_prefix("*.").unwrap_or(name);
-        let name = name.strip_prefix('.').unwrap_or(name);
+        let parent = name.strip_prefix('*').unwrap_or(name).strip_prefix('.');
         let is_label = |label: &str| {
-            !label.is_empty()
-                && label
-                    .chars()
-                    .all(|it| it.is_alphanumeric() || it == '-' || it == '_')
+            let letter = |it: char| it.is_alphanumeric() || it == '-' || it == '_';
+            !label.is_empty() && label.chars().all(letter)
         };
-        name.split('.').all(is_label)
-            && port.is_none_or(|port| port.parse::<u16>().is_ok_and(|port| port > 0))
+        let below = parent.is_some();
+        let name = parent.unwrap_or(name).to_owned();
+        name.split('.')
+            .all(is_label)
+            .then_some(Entry { name, below, port })
+    }
+
+    fn names(&self, host: &str, port: u16) -> bool {
+        let named = if self.below {
+            host.strip_suffix(&*self.name)
+                .is_some_and(|start| start.ends_with('.'))
+        } else {
+            host == self.name
+        };
+        named && self.port.is_none_or(|wanted| wanted == port)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn addresses_in_brackets_are_the_same_as_without() {
+        for entry in ["[2001:db8::7]", "2001:db8::7"] {
+            let policy = Policy {
+                hosts: vec![entry.to_owned()],
+                ..Policy::default()
+            };
+            assert!(policy.allows_host("2001:db8::7", 443));
+            assert!(!policy.allows_host("2001:db8::8", 443));
+        }
+    }
 
     #[test]
     fn an_entry_of_the_allow_list_is_a_host_and_nothing_else() {

@@ -101,7 +101,7 @@ pub async fn run(
 }
 
 /// Enters in the database that a task is not tried again, if it is an analysis.
-pub async fn given_up(worker: &Worker, request: &Request, exception: &Exception) {
+pub async fn given_up(worker: &Worker, request: &Request, verdict: &Verdict) {
     let entry = worker.registry.get(request.name);
     let parameters = entry.and_then(|entry| entry.parameters.as_ref());
     let (Kind::AnalyzeRepo, Some(parameters)) = (request.kind, parameters) else {
@@ -112,8 +112,7 @@ pub async fn given_up(worker: &Worker, request: &Request, exception: &Exception)
     let call = bind(parameters, &message.args, &message.kwargs).map(|bound| Call::new(&bound));
     if let Ok(Ok(call)) = call {
         let run = call.run(request.id(), &worker.settings, &worker.node);
-        let verdict = Verdict::WorkerLost(exception.clone());
-        enter_end(worker, request, &run, &verdict).await;
+        enter_end(worker, request, &run, verdict).await;
     }
 }
 

@@ -199,10 +199,10 @@ fn poisoned(worker: &Arc<Worker>, request: &Arc<Request>, deaths: u32) {
     let request = request.clone();
     tokio::spawn(async move {
         let exception = Exception::worker_lost(&text);
-        analyze::given_up(&worker, &request, &exception).await;
+        let verdict = Verdict::Failure(exception);
+        analyze::given_up(&worker, &request, &verdict).await;
         // Taken before the end is performed, so that it is not acknowledged.
         let tag = request.settle();
-        let verdict = Verdict::Failure(exception);
         execute::finish(&worker, &request, verdict, Duration::ZERO).await;
         if let Some(tag) = tag {
             worker.link.quarantine(tag, text);

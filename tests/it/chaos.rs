@@ -248,8 +248,8 @@ fn under_load(
     resent
 }
 
-on_brokers!(a_broker_restarts_under_load_and_work_resumes_at_once, own);
-fn a_broker_restarts_under_load_and_work_resumes_at_once(broker: &mut Broker) {
+on_brokers!(a_broker_restarts_under_load_and_work_resumes, own);
+fn a_broker_restarts_under_load_and_work_resumes(broker: &mut Broker) {
     let given = std::env::var("BROKER_RESTARTS").ok();
     let given: Option<u32> = given.map(|text| text.parse().unwrap());
     let postgres = services::postgres();

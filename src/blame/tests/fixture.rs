@@ -190,18 +190,3 @@ impl Fixture {
 pub(super) fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
-
-/// Whether the git at hand looks at a last line without its newline when it searches renames;
-/// before 2.44 it did not, and missed some.
-pub(super) fn git_counts_last_lines() -> bool {
-    static ANSWER: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
-    *ANSWER.get_or_init(|| {
-        let output = Command::new("git").arg("--version").output().unwrap();
-        let text = String::from_utf8(output.stdout).unwrap();
-        let version = text.split_whitespace().nth(2).unwrap();
-        let mut numbers = version
-            .split('.')
-            .map(|number| number.parse::<u32>().unwrap_or(0));
-        (numbers.next(), numbers.next()) >= (Some(2), Some(44))
-    })
-}

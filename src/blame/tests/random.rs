@@ -1,7 +1,7 @@
 //! Random histories: many open heads, merges of many parents, and in each commit some of the
 //! changes that are easy to get wrong.
 
-use super::fixture::{FILE, Fixture, LINK, Tree, git_counts_last_lines};
+use super::fixture::{FILE, Fixture, LINK, Tree};
 use crate::blame::Options;
 
 /// A small generator of numbers; the same seed gives the same numbers everywhere.
@@ -196,13 +196,6 @@ fn change(random: &mut Random, tree: &mut Tree) {
             put(tree, &chosen, (mode, text.into_bytes()));
         }
         17 => {
-            let mut bytes = bytes;
-            if bytes.pop().is_some_and(|last| last != b'\n') || !git_counts_last_lines() {
-                bytes.push(b'\n');
-            }
-            put(tree, &chosen, (mode, bytes));
-        }
-        18 => {
             let (old, new) = (
                 format!("d{}/", random.below(3)),
                 format!("d{}/e/", random.below(5)),

@@ -5,7 +5,7 @@
 //! prepare two lines that are taken for the same one; that two lines of a history meet by chance has a
 //! probability of about 10⁻⁸ for a million different lines.
 //!
-//! Hashing is most of the cost of a diff, and a parent differs from its child in few places: [`Lines::derive_until`]
+//! Hashing is most of the cost of a diff, and a parent differs from its child in few places: [`Lines::derive`]
 //! takes over the tokens of a similar text wherever the bytes at the head and at the tail are the same.
 
 use std::hash::{BuildHasher, RandomState};
@@ -58,7 +58,7 @@ impl Lines {
     /// The same answer as [`Lines::of_until`], with the tokens of `near` taken over where the texts agree at head and tail.
     ///
     /// `near_lines` must have been made of `near` with the same `whitespace`.
-    pub fn derive_until(
+    pub fn derive(
         bytes: &[u8],
         near: &[u8],
         near_lines: &Lines,
@@ -361,8 +361,7 @@ mod tests {
             let near_lines = Lines::of(&near, Whitespace::Exact);
             let text = [&text[..], b"end\n"].concat();
             Interrupt::check(text.len(), |interrupt| {
-                Lines::derive_until(&text, &near, &near_lines, Whitespace::Exact, interrupt)
-                    .map(|_| ())
+                Lines::derive(&text, &near, &near_lines, Whitespace::Exact, interrupt).map(|_| ())
             });
         }
     }
@@ -400,7 +399,7 @@ mod tests {
             for whitespace in [Whitespace::Exact, Whitespace::IgnoreAll] {
                 let near_lines = Lines::of(&near, whitespace);
                 assert_eq!(
-                    Lines::derive_until(&bytes, &near, &near_lines, whitespace, &never).unwrap(),
+                    Lines::derive(&bytes, &near, &near_lines, whitespace, &never).unwrap(),
                     Lines::of(&bytes, whitespace),
                     "{near:?} -> {bytes:?}",
                 );
