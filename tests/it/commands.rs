@@ -125,9 +125,12 @@ impl Said {
     /// The nodes answer in any order; each with the lines of its answer. pygments, where it is
     /// installed, ends coloured JSON with a line of spaces.
     fn answers(&self) -> BTreeSet<String> {
-        let text = self.out.replace("\n    \n", "\n").replace("\n\n", "->  ");
+        let text = self.out.replace("\n    \n", "\n");
         // --quiet leaves the arrows out.
-        let mark = if text.contains("->  ") { "->  " } else { "\n" };
+        let (text, mark) = match text.contains("->  ") {
+            true => (text.replace("\n\n", "->  "), "->  "),
+            false => (text, "\n"),
+        };
         text.split(mark)
             .map(str::trim_end)
             .map(str::to_owned)

@@ -258,6 +258,19 @@ impl Raw {
         self.with(|connection| connection.hlen("unacked"))
     }
 
+    /// The ids of the messages that wait or are noted as delivered in Redis, read in the order of a
+    /// message's way, so that none passes unseen.
+    pub fn ids(&mut self) -> HashSet<String> {
+        let mut messages = self.messages();
+        let noted: Vec<String> = self.with(|connection| connection.hvals("unacked"));
+        messages.extend(noted.iter().map(|text| {
+            let mut noted: Value = serde_json::from_str(text).expect("a note is JSON");
+            noted[0].take()
+        }));
+        let id = |message: &Value| message["headers"]["id"].as_str().map(str::to_owned);
+        messages.iter().filter_map(id).collect()
+    }
+
     /// How many messages were set aside.
     pub fn quarantined(&mut self) -> usize {
         if self.rabbit.is_some() {
