@@ -99,6 +99,43 @@ fn a_task_that_kills_three_workers_is_given_up() {
     drop(worker);
 }
 
+/// RabbitMQ would drop the message after the last delivery the queue grants, and tell nobody.
+#[test]
+fn a_task_is_given_up_before_a_quorum_queue_drops_it() {
+    let broker = Broker::rabbitmq();
+    let repository = repository();
+    let server = GitServer::start();
+    let (url, gate) = server.gated(&repository);
+    let queue = unique("limited");
+    let queues = json!([{
+        "name": queue, "exchange": queue, "routing_key": queue,
+        "queue_arguments": {"x-queue-type": "quorum", "x-delivery-limit": 2},
+    }]);
+    let start = || {
+        let worker = broker.worker().queue(&queue);
+        worker
+            .env("CELERY_TASK_QUEUES", &queues.to_string())
+            .start()
+    };
+    let mut worker = start();
+    let mut raw = broker.raw(&queue);
+    let id = raw.send("analyze_repo_task", json!([1, url]));
+    // The first delivery and one more; the second more is the last that the queue grants.
+    for death in 1..=2 {
+        gate.wait_arrivals(death);
+        worker.kill();
+        worker = start();
+    }
+    let meta = raw.wait(&id);
+    assert_eq!(meta["status"], "FAILURE");
+    assert_eq!(meta["result"]["exc_type"], "WorkerLostError");
+    raw.wait_drained();
+    assert_eq!(raw.quarantined(), 1);
+    let next = raw.send("test_task", json!(["next"]));
+    raw.value(&next);
+    gate.open();
+}
+
 #[test]
 fn a_worker_that_was_stopped_longer_than_its_lease_commits_nothing() {
     let (redis, postgres) = (services::redis(), services::postgres());
@@ -132,9 +169,11 @@ fn a_worker_that_was_stopped_longer_than_its_lease_commits_nothing() {
     assert!(first.stop().success() && second.stop().success());
 }
 
-on_brokers!(a_mixed_fleet_loses_nothing_when_one_of_each_kind_is_killed);
-fn a_mixed_fleet_loses_nothing_when_one_of_each_kind_is_killed(broker: &Broker) {
+// `FLEET_TASKS=500` makes it longer; `FLEET_KILLS=celeriac` or `python` kills one kind alone.
+on_brokers!(a_mixed_fleet_does_each_task_once_when_one_of_each_kind_is_killed);
+fn a_mixed_fleet_does_each_task_once_when_one_of_each_kind_is_killed(broker: &Broker) {
     let given = std::env::var("FLEET_TASKS").ok();
+    let kills = std::env::var("FLEET_KILLS").unwrap_or_else(|_| "celeriac python".to_owned());
     let count: usize = given.map_or(300, |text| text.parse().unwrap());
     let repository = repository();
     let url = address(&repository);
@@ -156,6 +195,7 @@ fn a_mixed_fleet_loses_nothing_when_one_of_each_kind_is_killed(broker: &Broker) 
     wait_for("the Python worker", Duration::from_secs(40), || {
         python.0.log().contains("ready.").then_some(())
     });
+    let ends = Successes::watch(&broker.results);
     let ids: Vec<String> = (0..count)
         .map(|_| raw.send("analyze_repo_task", json!([1, url])))
         .collect();
@@ -166,22 +206,78 @@ fn a_mixed_fleet_loses_nothing_when_one_of_each_kind_is_killed(broker: &Broker) 
     wait_for("some results", Duration::from_secs(40), || {
         (done(&mut raw) > 30).then_some(())
     });
-    first.kill();
-    if broker.is_redis() {
+    if kills.contains("celeriac") {
+        first.kill();
+    }
+    if kills.contains("python") && broker.is_redis() {
         python.kill_where_kombu_loses_nothing(&mut raw, &ids);
-    } else {
+    } else if kills.contains("python") {
         python.kill();
     }
     for id in &ids {
         raw.value(id);
     }
     raw.wait_drained();
+    let ends = ends.finish();
+    let times = |id: &String| ends.get(id).copied().unwrap_or_default();
+    let wrong: Vec<_> = ids.iter().filter(|id| times(id) != 1).collect();
+    assert!(wrong.is_empty(), "not one SUCCESS each: {wrong:?}");
     let log = python.0.log();
     assert!(
         log.contains("succeeded in"),
         "the Python worker had no part in it:\n{log}"
     );
-    assert_eq!(second.log().contains("is gone"), broker.is_redis());
+    let takes_over = broker.is_redis() && kills.contains("celeriac");
+    assert_eq!(second.log().contains("is gone"), takes_over);
+}
+
+/// Counts how often each task succeeded: every result is published when it is stored.
+struct Successes {
+    results: redis::Client,
+    last: String,
+    listener: std::thread::JoinHandle<HashMap<String, usize>>,
+}
+
+impl Successes {
+    fn watch(results: &str) -> Self {
+        const PREFIX: &str = "celery-task-meta-";
+        let results = redis::Client::open(results).unwrap();
+        let mut connection = results.get_connection().unwrap();
+        let last = format!("{PREFIX}{}", unique("last"));
+        let until = last.clone();
+        let (ready, subscribed) = std::sync::mpsc::channel();
+        let listener = std::thread::spawn(move || {
+            let mut channels = connection.as_pubsub();
+            channels.psubscribe(format!("{PREFIX}*")).unwrap();
+            ready.send(()).unwrap();
+            let mut counts = HashMap::new();
+            loop {
+                let message = channels.get_message().unwrap();
+                let channel = message.get_channel_name();
+                if channel == until {
+                    return counts;
+                }
+                let meta: Option<Value> = serde_json::from_slice(message.get_payload_bytes()).ok();
+                if meta.is_some_and(|meta| meta["status"] == "SUCCESS") {
+                    let id = channel[PREFIX.len()..].to_owned();
+                    *counts.entry(id).or_default() += 1;
+                }
+            }
+        });
+        subscribed.recv().unwrap();
+        Self {
+            results,
+            last,
+            listener,
+        }
+    }
+
+    /// What was told until now, by task id.
+    fn finish(self) -> HashMap<String, usize> {
+        let mut connection = self.results.get_connection().unwrap();
+        redis::Commands::publish::<_, _, ()>(&mut connection, &self.last, "").unwrap();
+        self.listener.join().unwrap()
+    }
 }
 
 /// A Python worker that acknowledges late; it leads a process group of its own.

@@ -232,7 +232,11 @@ impl Core {
     pub(super) fn deliver(&self, queue: &str, delivered: lapin::message::Delivery) {
         let number = delivered.delivery_tag;
         let tag = Tag(format!("{}:{number}", self.identity).into());
-        let delivery = delivery(queue, tag, delivered);
+        let mut delivery = delivery(queue, tag, delivered);
+        if delivery.redelivered {
+            let headers = &delivery.envelope.headers;
+            delivery.deaths = message::deaths(headers, true, self.delivery_limit(queue));
+        }
         let held = Held {
             envelope: delivery.envelope.clone(),
             queue: delivery.queue.clone(),
@@ -242,6 +246,13 @@ impl Core {
         lock(&self.unsettled).insert(number, held);
         // Nobody listens only when the channel is gone, and then the broker takes it back.
         drop(self.inbound.send(Incoming::Delivery(Box::new(delivery))));
+    }
+
+    /// How often a queue was declared to deliver a message again before it is dropped.
+    fn delivery_limit(&self, name: &str) -> Option<u64> {
+        let queues = lock(&self.queues);
+        let (queue, _) = queues.iter().find(|(queue, _)| queue.name == name)?;
+        queue.arguments.get("x-delivery-limit")?.as_u64()
     }
 
     /// The broker ended a consumer.
@@ -290,7 +301,7 @@ impl Core {
 /// A message as the transport hands it on.
 pub(super) fn delivery(queue: &str, tag: Tag, delivered: lapin::message::Delivery) -> Delivery {
     let envelope = message::envelope(&delivered.properties, delivered.data);
-    let deaths = message::deaths(&envelope.headers, delivered.redelivered);
+    let deaths = message::deaths(&envelope.headers, delivered.redelivered, None);
     Delivery {
         tag,
         queue: queue.to_owned(),

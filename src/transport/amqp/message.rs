@@ -172,11 +172,17 @@ fn lossy(bytes: &[u8]) -> String {
 /// A classic queue only says that there was an earlier delivery. A quorum queue counts, but not
 /// deaths alone: what is held and not begun comes back with every restart and every lost
 /// connection. One in four counts, so that three deaths are reached before the limit of 20
-/// deliveries at which RabbitMQ 4 gives a message up, and not by three deployments.
-pub(super) fn deaths(headers: &Map<String, Value>, redelivered: bool) -> u32 {
-    match headers.get(DELIVERY_COUNT).and_then(Value::as_u64) {
-        Some(count) => u32::try_from(count / 4).unwrap_or(u32::MAX),
-        None => u32::from(redelivered),
+/// deliveries at which RabbitMQ 4 gives a message up, and not by three deployments. Where the
+/// queue has a limit of its own (`x-delivery-limit`), the last delivery it grants counts as one
+/// too many: RabbitMQ drops the message if it comes back once more, and nobody would be told.
+pub(super) fn deaths(headers: &Map<String, Value>, redelivered: bool, limit: Option<u64>) -> u32 {
+    let Some(count) = headers.get(DELIVERY_COUNT).and_then(Value::as_u64) else {
+        return u32::from(redelivered);
+    };
+    match limit {
+        Some(limit) if count >= limit.max(1) => u32::try_from(count).unwrap_or(u32::MAX).max(3),
+        Some(_) => 0,
+        None => u32::try_from(count / 4).unwrap_or(u32::MAX),
     }
 }
 
@@ -246,9 +252,15 @@ mod tests {
 
     #[test]
     fn deaths_are_read_from_the_count_of_quorum_queues() {
-        assert_eq!(deaths(&Map::new(), false), 0);
-        assert_eq!(deaths(&Map::new(), true), 1);
-        assert_eq!(deaths(&map(json!({"x-delivery-count": 3})), true), 0);
-        assert_eq!(deaths(&map(json!({"x-delivery-count": 12})), true), 3);
+        let counted = |count: u32| map(json!({"x-delivery-count": count}));
+        assert_eq!(deaths(&Map::new(), false, None), 0);
+        assert_eq!(deaths(&Map::new(), true, None), 1);
+        assert_eq!(deaths(&counted(3), true, None), 0);
+        assert_eq!(deaths(&counted(12), true, None), 3);
+        // The queue's own limit is reached when it is reached, not before.
+        assert_eq!(deaths(&counted(19), true, Some(20)), 0);
+        assert_eq!(deaths(&counted(20), true, Some(20)), 20);
+        assert_eq!(deaths(&counted(1), true, Some(1)), 3);
+        assert_eq!(deaths(&counted(0), false, Some(0)), 0);
     }
 }
