@@ -45,9 +45,13 @@ pub struct Delivery {
     pub routing_key: String,
     /// Whether it may have been delivered before.
     pub redelivered: bool,
-    /// How often its worker or child died on it, where the broker side knows.
+    /// How often its worker or child died on it, where the broker side knows; at
+    /// [`MOST_DEATHS`] it is not to be tried again.
     pub deaths: u32,
 }
+
+/// A message that killed its worker or child this often is not tried again.
+pub const MOST_DEATHS: u32 = 3;
 
 /// What [`Channel::next`] yields.
 #[derive(Debug)]

@@ -18,10 +18,7 @@ use crate::protocol::exception::Exception;
 use crate::protocol::message::{DeliveryInfo, Invalid, InvalidKind, Message};
 use crate::protocol::state::State;
 use crate::protocol::{Limits, saferepr};
-use crate::transport::{Delivery, Tag};
-
-/// A message that killed its worker or child this often is not tried again.
-const MOST_DEATHS: u32 = 3;
+use crate::transport::{Delivery, MOST_DEATHS, Tag};
 
 fn decode(worker: &Worker, delivery: &Delivery) -> Result<Message, Box<Invalid>> {
     let info = DeliveryInfo {
@@ -78,7 +75,7 @@ pub fn receive(worker: &Arc<Worker>, delivery: &Delivery) -> Option<Arc<Request>
     let request = Arc::new(Request::new(message, delivery, entry, &worker.settings));
     worker.state.hold(&request);
     if delivery.deaths >= MOST_DEATHS {
-        poisoned(worker, &request, delivery.deaths);
+        poisoned(worker, &request);
         return None;
     }
     Some(request)
@@ -189,9 +186,9 @@ fn unregistered(worker: &Arc<Worker>, tag: Tag, message: Message) {
 }
 
 /// Fails the task with all that follows from it, and keeps its message.
-fn poisoned(worker: &Arc<Worker>, request: &Arc<Request>, deaths: u32) {
+fn poisoned(worker: &Arc<Worker>, request: &Arc<Request>) {
     let text = format!(
-        "{} was given up: it was delivered {deaths} times and its worker or child died each time",
+        "{} was given up: its worker or child died on it, or lost it, too often",
         request.label()
     );
     log::error!("{text} (kept in quarantine)");

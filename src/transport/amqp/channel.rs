@@ -149,7 +149,7 @@ async fn forward_own(
         let Some(Ok(delivered)) = delivered else {
             return;
         };
-        let delivery = delivery(&queue, Tag("".into()), delivered);
+        let delivery = delivery(&queue, Tag("".into()), delivered, None);
         if sender.send(delivery).await.is_err() {
             break;
         }

@@ -232,11 +232,12 @@ impl Core {
     pub(super) fn deliver(&self, queue: &str, delivered: lapin::message::Delivery) {
         let number = delivered.delivery_tag;
         let tag = Tag(format!("{}:{number}", self.identity).into());
-        let mut delivery = delivery(queue, tag, delivered);
-        if delivery.redelivered {
-            let headers = &delivery.envelope.headers;
-            delivery.deaths = message::deaths(headers, true, self.delivery_limit(queue));
-        }
+        let limit = if delivered.redelivered {
+            self.delivery_limit(queue)
+        } else {
+            None
+        };
+        let delivery = delivery(queue, tag, delivered, limit);
         let held = Held {
             envelope: delivery.envelope.clone(),
             queue: delivery.queue.clone(),
@@ -298,10 +299,15 @@ impl Core {
     }
 }
 
-/// A message as the transport hands it on.
-pub(super) fn delivery(queue: &str, tag: Tag, delivered: lapin::message::Delivery) -> Delivery {
+/// A message as the transport hands it on; the limit is that of its queue's redeliveries.
+pub(super) fn delivery(
+    queue: &str,
+    tag: Tag,
+    delivered: lapin::message::Delivery,
+    limit: Option<u64>,
+) -> Delivery {
     let envelope = message::envelope(&delivered.properties, delivered.data);
-    let deaths = message::deaths(&envelope.headers, delivered.redelivered, None);
+    let deaths = message::deaths(&envelope.headers, delivered.redelivered, limit);
     Delivery {
         tag,
         queue: queue.to_owned(),

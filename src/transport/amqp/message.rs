@@ -11,7 +11,7 @@ use lapin::types::{AMQPValue, FieldArray, FieldTable, ShortString};
 use serde_json::{Map, Number, Value};
 
 use crate::protocol::envelope::{Envelope, Properties};
-use crate::transport::Error;
+use crate::transport::{Error, MOST_DEATHS};
 
 /// Nothing kombu sends is nested as deeply.
 const DEEPEST: usize = 64;
@@ -173,14 +173,14 @@ fn lossy(bytes: &[u8]) -> String {
 /// deaths alone: what is held and not begun comes back with every restart and every lost
 /// connection. One in four counts, so that three deaths are reached before the limit of 20
 /// deliveries at which RabbitMQ 4 gives a message up, and not by three deployments. Where the
-/// queue has a limit of its own (`x-delivery-limit`), the last delivery it grants counts as one
-/// too many: RabbitMQ drops the message if it comes back once more, and nobody would be told.
+/// queue has a limit of its own (`x-delivery-limit`), the last delivery it grants is one too many:
+/// RabbitMQ drops the message if it comes back once more, and nobody would be told.
 pub(super) fn deaths(headers: &Map<String, Value>, redelivered: bool, limit: Option<u64>) -> u32 {
     let Some(count) = headers.get(DELIVERY_COUNT).and_then(Value::as_u64) else {
         return u32::from(redelivered);
     };
     match limit {
-        Some(limit) if count >= limit.max(1) => u32::try_from(count).unwrap_or(u32::MAX).max(3),
+        Some(limit) if count >= limit.max(1) => MOST_DEATHS,
         Some(_) => 0,
         None => u32::try_from(count / 4).unwrap_or(u32::MAX),
     }
@@ -256,11 +256,11 @@ mod tests {
         assert_eq!(deaths(&Map::new(), false, None), 0);
         assert_eq!(deaths(&Map::new(), true, None), 1);
         assert_eq!(deaths(&counted(3), true, None), 0);
-        assert_eq!(deaths(&counted(12), true, None), 3);
+        assert_eq!(deaths(&counted(12), true, None), MOST_DEATHS);
         // The queue's own limit is reached when it is reached, not before.
         assert_eq!(deaths(&counted(19), true, Some(20)), 0);
-        assert_eq!(deaths(&counted(20), true, Some(20)), 20);
-        assert_eq!(deaths(&counted(1), true, Some(1)), 3);
+        assert_eq!(deaths(&counted(20), true, Some(20)), MOST_DEATHS);
+        assert_eq!(deaths(&counted(1), true, Some(1)), MOST_DEATHS);
         assert_eq!(deaths(&counted(0), false, Some(0)), 0);
     }
 }

@@ -55,7 +55,7 @@ impl RabbitApi {
         let _ = self.try_request("DELETE", &format!("vhosts/{name}"), &Value::Null);
     }
 
-    /// Every queue of a virtual host, counted at this moment.
+    /// Every queue of a virtual host, counted at this moment; quorum queues up to five seconds ago.
     #[track_caller]
     pub fn queues(&mut self, vhost: &str) -> Vec<Held> {
         // Without the statistics, which are seconds old.
