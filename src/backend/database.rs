@@ -3,8 +3,8 @@
 //! The tables are those of Celery 5.7 (`celery_taskmeta`, `celery_tasksetmeta`), made at start
 //! unless they are there; values are stored serialized, as 5.7 does. A store is one statement
 //! that leaves a success alone. Clients poll; nothing wakes them. Parts of chords are not
-//! counted here: Celery's task `celery.chord_unlock` watches them. Answers for
-//! `celery/backends/database`.
+//! counted here: Celery's task `celery.chord_unlock` watches them, and a row per chord says who
+//! ends it (see [`claim`]). Answers for `celery/backends/database`.
 
 use chrono::{DateTime, NaiveDateTime, SubsecRound, Utc};
 use diesel::QueryableByName;
@@ -16,11 +16,13 @@ use tokio::sync::OnceCell;
 use super::retry::Retrier;
 use super::{
     Backend, ChordPart, ChordStatus, Claim, Codec, Error, Extended, Meta, Options, ReplyTo,
-    RetryPolicy, Stored,
+    RetryPolicy, Stored, Taken,
 };
 use crate::database::connection::on;
 use crate::database::{Database, DatabaseUrl};
 use async_trait::async_trait;
+
+mod claim;
 
 const STORE: &str = "store the result";
 const READ: &str = "read the result";
@@ -146,6 +148,17 @@ impl DatabaseBackend {
 
     fn is_postgres(&self) -> bool {
         self.database.url().kind() == "postgresql"
+    }
+
+    /// The column and the value that give a new group its number.
+    fn next_group(&self) -> (&'static str, String) {
+        match self.is_postgres() {
+            true => {
+                let sequence = self.names.group_sequence.replace('\'', "''");
+                ("id, ", format!("nextval('{sequence}'), "))
+            }
+            false => ("", String::new()),
+        }
     }
 
     async fn ensure_tables(&self, operation: &'static str) -> Result<(), Error> {
@@ -510,8 +523,12 @@ impl Backend for DatabaseBackend {
         Err(NO_CHORDS)
     }
 
-    async fn chord_done(&self, _: &str, _: &Claim) -> Result<(), Error> {
-        Err(NO_CHORDS)
+    async fn chord_take(&self, group_id: &str) -> Result<Taken, Error> {
+        self.take_chord(group_id).await
+    }
+
+    async fn chord_done(&self, group_id: &str, claim: &Claim) -> Result<(), Error> {
+        self.end_chord(group_id, claim).await
     }
 
     async fn chord_fail(&self, _: &str) -> Result<(), Error> {
@@ -522,13 +539,7 @@ impl Backend for DatabaseBackend {
         const OPERATION: &str = "save the group";
         let payload = self.bytes(tuple)?;
         let table = &self.names.group;
-        let (id, next) = match self.is_postgres() {
-            true => {
-                let sequence = self.names.group_sequence.replace('\'', "''");
-                ("id, ", format!("nextval('{sequence}'), "))
-            }
-            false => ("", String::new()),
-        };
+        let (id, next) = self.next_group();
         let sql = format!(
             "INSERT INTO {table} ({id}taskset_id, result, date_done) VALUES ({next}$1, $2, $3) \
              ON CONFLICT (taskset_id) DO UPDATE SET result = excluded.result"
@@ -554,24 +565,11 @@ impl Backend for DatabaseBackend {
 
     async fn restore_group(&self, group_id: &str) -> Result<Option<Value>, Error> {
         const OPERATION: &str = "read the group";
-        let sql = format!(
-            "SELECT result FROM {} WHERE taskset_id = $1",
-            self.names.group
-        );
-        let sql = &sql;
         let attempt = || async move {
             self.ensure_tables(OPERATION).await?;
-            let lease = self.lease(OPERATION).await?;
-            let rows: Result<Vec<GroupRow>, _> = lease
-                .run(async |connection| {
-                    on!(connection, link =>
-                        diesel::sql_query(sql).bind::<Text, _>(group_id).load(link).await)
-                })
-                .await;
-            rows.map_err(|error| Error::from_database(OPERATION, &error))
+            self.group_value(OPERATION, group_id).await
         };
-        let rows = self.retrier.run(attempt).await?;
-        match rows.into_iter().next().and_then(|row| row.result) {
+        match self.retrier.run(attempt).await? {
             Some(bytes) => self
                 .codec
                 .decode(&format!("group {group_id}"), &bytes)

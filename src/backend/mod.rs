@@ -114,6 +114,20 @@ pub enum ChordStatus {
     Done,
 }
 
+/// Whether this caller is the one to end a chord that nobody counts; see
+/// [`Backend::chord_take`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Taken {
+    /// It is, and nobody tried before.
+    First(Claim),
+    /// It is, for another has left its claim behind: what that one has done is not known.
+    Left(Claim),
+    /// Another is at it.
+    Claimed,
+    /// The chord has ended.
+    Done,
+}
+
 /// What every backend needs to know; the settings' names are Celery's.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -197,6 +211,11 @@ pub trait Backend: Send + Sync {
     /// Renews a claim before the body is published. False when it was lost: somebody else
     /// finishes the chord.
     async fn chord_extend(&self, group_id: &str, claim: &Claim) -> Result<bool, Error>;
+
+    /// Claims the end of a chord whose parts are not counted, before its body is published.
+    async fn chord_take(&self, _group_id: &str) -> Result<Taken, Error> {
+        Ok(Taken::First(Claim(String::new())))
+    }
 
     /// Forgets a chord whose body is published.
     async fn chord_done(&self, group_id: &str, claim: &Claim) -> Result<(), Error>;

@@ -12,7 +12,8 @@ use super::support::{Broker, on_brokers, project, python, unique, wait_for};
 
 /// Chosen because they cover every kind of part, each nested in each other.
 const FIXED: (u32, u32) = (1, 20);
-/// How many more there are with every run, unless `CANVAS_SEEDS` says so; their seeds are printed.
+/// How many more there are with every run, unless `CANVAS_SEEDS` says so; their seeds are printed
+/// and can be run again with `CANVAS_FIRST`.
 const FRESH: u32 = 20;
 /// So many are in flight together.
 const BATCH: u32 = 50;
@@ -53,7 +54,7 @@ fn compare(left: &str, right: &str, queue: &str, (first, count): (u32, u32)) -> 
     );
     let client = python::Python::new(left, left, queue);
     let mut run = client.spawn(&[&script, left, right, queue, &first, &count]);
-    let ended = wait_for("the canvases", Duration::from_secs(120), || {
+    let ended = wait_for("the canvases", Duration::from_secs(300), || {
         run.process().try_wait().expect("the script is our child")
     });
     let log = run.log();
@@ -76,7 +77,10 @@ fn random_canvases_end_as_they_end_with_a_python_worker() {
         .env("CELERY_TASK_DEFAULT_QUEUE", &queue)
         .start();
     let count = std::env::var("CANVAS_SEEDS").map_or(FRESH, |count| count.parse().unwrap());
-    let fresh = 1000 + u32::from(rand_u16()) * 10;
+    let fresh = std::env::var("CANVAS_FIRST").map_or_else(
+        |_| 1000 + u32::from(rand_u16()) * 10,
+        |first| first.parse().unwrap(),
+    );
     println!("fresh seeds: {fresh} to {}", fresh + count - 1);
     let batches = (0..count).step_by(BATCH as usize);
     let batches = batches.map(|start| (fresh + start, BATCH.min(count - start)));

@@ -75,6 +75,8 @@ mod sandbox;
 mod secrets;
 /// That the test support itself does what the other tests rely on.
 mod support_works;
+/// Chords that a task watches, where the backend cannot count their parts.
+mod unlocks;
 /// Analyses from the client's call to the rows, and the limits of a task.
 mod worker;
 

@@ -3,7 +3,8 @@
 //! Whoever publishes such a chord publishes `celery.chord_unlock` with it; the task is retried
 //! each `result_chord_retry_interval` until every part is ready, joins their results and
 //! publishes the body, or tells who waits for it that a part failed. Python workers and this
-//! one may take turns. Answers for `unlock_chord` in `celery/app/builtins.py` and
+//! one may take turns. Whoever finds the parts ready claims the end of the chord first, for the
+//! message may be delivered again and may have become two. Answers for `unlock_chord` in `celery/app/builtins.py` and
 //! `Backend.fallback_chord_unlock`.
 
 use std::sync::Arc;
@@ -18,6 +19,7 @@ use super::failure::fail_body;
 use super::freeze::{Options, fresh_id};
 use super::route::{routed, send};
 use super::{invalid, join};
+use crate::backend::Taken;
 use crate::protocol::exception::Exception;
 use crate::protocol::publish::TaskCall;
 use crate::protocol::signature::Signature;
@@ -107,8 +109,6 @@ pub(in crate::worker) async fn unlock(
     request: &Request,
 ) -> Result<Verdict, Exception> {
     let watched = Watched::new(worker, request)?;
-    let origin = Origin::of(request);
-    let body = &watched.body;
     let again = match first_open(worker, &watched.parts).await {
         Ok(None) => None,
         Ok(Some(_)) => Some(None),
@@ -132,32 +132,79 @@ pub(in crate::worker) async fn unlock(
             )
         });
         let text = format!("chord_unlock could not be retried: {}", error.repr());
-        fail(worker, origin, &watched, Exception::chord_error(text), None).await;
-        return Err(error);
+        let ending = Ending::Failed(Exception::chord_error(text), None);
+        return match end(worker, request, &watched, ending).await {
+            Verdict::Success(_) => Err(error),
+            verdict => Ok(verdict),
+        };
     }
-    // A delivery of a worker that died may have come this far.
-    if request.redelivered && body_is_known(worker, body).await {
-        return Ok(Verdict::Success(Value::Null));
-    }
-    match join::group(worker, &watched.parts).await {
-        Ok(values) => {
-            let args = [Value::Array(values)];
-            let mut publisher = Publisher::new(worker, origin);
-            if let Err(error) = publisher.call(body, &args, Options::new()).await {
-                let text = format!("Callback error: {}", error.repr());
-                fail(worker, origin, &watched, Exception::chord_error(text), None).await;
-            }
-        }
+    let ending = match join::group(worker, &watched.parts).await {
+        Ok(values) => Ending::Joined(values),
         Err(cause) => {
             let culprit = first_failed(worker, &watched.parts).await;
             let error = match culprit {
                 Some(id) => Exception::chord_dependency(&id, &cause),
                 None => Exception::chord_error(cause.repr()),
             };
-            fail(worker, origin, &watched, error, Some(&cause)).await;
+            Ending::Failed(error, Some(cause))
+        }
+    };
+    Ok(end(worker, request, &watched, ending).await)
+}
+
+/// What became of the header.
+enum Ending {
+    Joined(Vec<Value>),
+    Failed(Exception, Option<Exception>),
+}
+
+/// Ends a chord, unless somebody else does.
+async fn end(
+    worker: &Arc<Worker>,
+    request: &Request,
+    watched: &Watched,
+    ending: Ending,
+) -> Verdict {
+    let origin = Origin::of(request);
+    let body = &watched.body;
+    let later = |cause: Option<Exception>| {
+        let when = format!("in {}s", watched.interval.as_secs_f64());
+        Verdict::Retry {
+            cause: Exception::retry(&when, cause.as_ref()),
+            after: watched.interval,
+        }
+    };
+    let (claim, was_left) = match worker.backend.chord_take(&watched.group).await {
+        Ok(Taken::First(claim)) => (claim, false),
+        Ok(Taken::Left(claim)) => (claim, true),
+        Ok(Taken::Done) => return Verdict::Success(Value::Null),
+        // Its owner may die before it is through.
+        Ok(Taken::Claimed) => return later(None),
+        Err(error) => return later(Some(Exception::operational(error.to_string()))),
+    };
+    // A worker that died, maybe Python's, may have come as far as this.
+    let may_be_known = was_left || request.redelivered;
+    if !(may_be_known && body_is_known(worker, body).await) {
+        let failed = match ending {
+            Ending::Failed(error, cause) => Some((error, cause)),
+            Ending::Joined(values) => {
+                let args = [Value::Array(values)];
+                let mut publisher = Publisher::new(worker, origin);
+                let published = publisher.call(body, &args, Options::new()).await;
+                published.err().map(|error| {
+                    let text = format!("Callback error: {}", error.repr());
+                    (Exception::chord_error(text), None)
+                })
+            }
+        };
+        if let Some((error, cause)) = failed {
+            fail(worker, origin, watched, error, cause.as_ref()).await;
         }
     }
-    Ok(Verdict::Success(Value::Null))
+    if let Err(error) = worker.backend.chord_done(&watched.group, &claim).await {
+        log::warn!("Chord {}: {error}", watched.group);
+    }
+    Verdict::Success(Value::Null)
 }
 
 async fn fail(

@@ -151,17 +151,17 @@ class Side:
         made.apply_async()
         return text
 
-    def settle(self, limit):
-        """Waits until nothing happens any more."""
-        deadline, last, since = time.monotonic() + limit, None, time.monotonic()
-        while time.monotonic() < deadline:
+    def settle(self):
+        """Waits until nothing happens any more, for as long as anything does."""
+        last, since = None, time.monotonic()
+        while time.monotonic() - since < (60 if last and last[0] else 1.5):
             waiting = self.client.llen(self.queue) + self.client.hlen("unacked")
             now = (waiting, self.client.dbsize(), len(self.monitor.messages))
-            if now != last or waiting:
+            if now != last:
                 last, since = now, time.monotonic()
-            elif time.monotonic() - since > 1.5:
-                return
             time.sleep(0.05)
+        if last[0]:
+            print(f"{last[0]} messages have been left alone for a minute", file=sys.stderr)
 
     def observed(self, lenient):
         messages = {}
@@ -311,15 +311,16 @@ def main():
             # Some combinations the client itself cannot build.
             refused.append([seed, repr(error)])
     for side in sides:
-        side.settle(30 + count)
+        side.settle()
     # On a busy machine one of the two may have paused for longer than it takes to look settled.
-    deadline = time.monotonic() + 15
-    while True:
+    different, raced, quiet = None, None, time.monotonic()
+    while different is None or different and time.monotonic() - quiet < 15:
+        before = [len(side.monitor.messages) for side in sides]
         one, other = sides[0].observed(True), sides[1].observed(False)
-        different, raced = compared(sent, one, other)
-        if not different or time.monotonic() > deadline:
-            break
-        time.sleep(0.5)
+        last, (different, raced) = different, compared(sent, one, other)
+        if different != last or before != [len(side.monitor.messages) for side in sides]:
+            quiet = time.monotonic()
+        time.sleep(0.5 if different else 0)
     print("answer: " + json.dumps({
         "sent": len(sent), "refused": refused, "raced": raced, "different": different,
         "records": sum(len(texts) for texts in one.values()),
