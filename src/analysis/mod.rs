@@ -165,6 +165,11 @@ pub fn canonical_url(text: &str, policy: &Policy) -> Option<String> {
     Some(url.to_string())
 }
 
+/// A name for a text that does not show it.
+pub fn fingerprint(text: &str) -> Option<String> {
+    Some(Oid::digest(text.as_bytes())?.to_string())
+}
+
 /// The name under which a stored token for this URL is kept: the host, and the port unless it
 /// is that of https. A token is thus never sent over an unprotected connection, or to another
 /// service of the same host, unless it was stored for exactly that.

@@ -68,6 +68,13 @@ impl Oid {
         Some(Oid(bytes.try_into().ok()?))
     }
 
+    /// The SHA-1 of plain bytes; `None` for bytes made to collide.
+    pub fn digest(bytes: &[u8]) -> Option<Oid> {
+        let mut hasher = gix::hash::hasher(gix::hash::Kind::Sha1);
+        hasher.update(bytes);
+        Oid::from_bytes(hasher.try_finalize().ok()?.as_slice())
+    }
+
     /// The 20 bytes.
     pub const fn as_bytes(&self) -> &[u8; 20] {
         &self.0

@@ -119,6 +119,13 @@ impl Call {
         analysis::canonical_url(&self.repo_url, &policy(settings))
     }
 
+    /// Names what is to be analysed, how, and where it is stored, as stored analyses are found;
+    /// shows nothing of it.
+    pub fn fingerprint(&self, settings: &Settings, place: &str) -> Option<String> {
+        let branch = settings.clone_branch.as_deref();
+        analysis::fingerprint(&format!("{place} {branch:?} {}", self.repo_url))
+    }
+
     /// The name under which a token for the repository is stored.
     pub fn token_host(&self, settings: &Settings) -> Option<String> {
         analysis::token_host(&self.repo_url, &policy(settings))

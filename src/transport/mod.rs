@@ -195,21 +195,22 @@ pub trait Channel: Send + Sync {
         routing_keys: &[String],
     ) -> Result<mpsc::Receiver<Delivery>, Error>;
 
-    /// Asks whether one more task of a user may run, counted over all workers of this broker.
+    /// Asks whether one more task of a user may run, or one at a repository, counted over all
+    /// workers of this broker.
     async fn take_permit(&self, ask: &permit::Ask<'_>) -> Result<permit::Answer, Error> {
         let _ = ask;
         Ok(permit::Answer::Unable)
     }
 
-    /// Says that these permits, as (user, holder), are still held.
-    async fn renew_permits(&self, held: &[(String, String)]) -> Result<(), Error> {
+    /// Says that these permits, as (scope, holder), are still held.
+    async fn renew_permits(&self, held: &[(permit::Scope, String)]) -> Result<(), Error> {
         let _ = held;
         Ok(())
     }
 
     /// Gives a permit back. Queued like [`Channel::ack`].
-    fn release_permit(&self, user: &str, holder: &str) {
-        let _ = (user, holder);
+    fn release_permit(&self, scope: &permit::Scope, holder: &str) {
+        let _ = (scope, holder);
     }
 
     /// Tells the workers of this broker, also those that start later, that tasks are revoked.

@@ -1,4 +1,4 @@
-//! Counting what each user runs, over all workers of one broker.
+//! Counting what runs for each user and at each repository, over all workers of one broker.
 //!
 //! A permit is a lease: whoever holds one says so every second ([`Channel::renew_permits`]), and
 //! one that nobody speaks for ends after [`LEASE`]. A worker that dies thus gives back what it
@@ -13,7 +13,16 @@ pub const LEASE: Duration = Duration::from_secs(4);
 /// How often it is renewed.
 pub const RENEWAL: Duration = Duration::from_secs(1);
 
-/// What one user may do.
+/// What permits are counted for.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Scope {
+    /// A user's tasks.
+    User(String),
+    /// The analyses of one repository, named by a digest.
+    Repository(String),
+}
+
+/// What may be done within a scope.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Allowance {
     /// Tasks that run at once; 0 is without limit.
@@ -27,13 +36,13 @@ pub struct Allowance {
 /// Asks for a permit.
 #[derive(Debug, Clone, Copy)]
 pub struct Ask<'a> {
-    /// Whose task it is.
-    pub user: &'a str,
+    /// What it is counted for.
+    pub scope: &'a Scope,
     /// Names the permit; asking twice for the same one is granted twice.
     pub holder: &'a str,
     /// The task's id: a task that starts again has used its start already.
     pub task: &'a str,
-    /// What the user may do.
+    /// How many there may be.
     pub allowance: Allowance,
 }
 
@@ -42,7 +51,7 @@ pub struct Ask<'a> {
 pub enum Answer {
     /// It may run.
     Granted,
-    /// So many of this user's tasks run already.
+    /// So many run already.
     TooMany(u64),
     /// So many were started already; the next may start after this time.
     TooSoon(Duration),

@@ -12,9 +12,9 @@ use serde_json::Value;
 use tokio::sync::mpsc;
 
 use super::effects::{Cancel, Verdict};
-use super::fairness::Parked;
+use super::permits::Permit;
 use super::request::Request;
-use super::reuse::{self, Flights, Followed, Known, Place};
+use super::turn::{self, Turn};
 use super::{Worker, execute, report, token};
 use crate::analysis::{Answer, Progress, Report, Stage, Work};
 use crate::database::{Begun, Completed, Ended, Error, Run, State as RunState};
@@ -153,8 +153,9 @@ fn start_stage(call: &Call) -> Stage {
 
 /// What the work came to.
 enum Found {
-    /// The answer, by a child's work or because it was at hand.
-    Report(Arc<Report>),
+    /// The answer, by a child's work or because it was at hand; and what keeps other workers
+    /// waiting until it is stored.
+    Report(Arc<Report>, Option<Permit>),
     /// The child ended otherwise.
     Otherwise(Outcome),
     /// There was nothing for a child to do.
@@ -179,49 +180,19 @@ fn without_token(worker: &Worker, request: &Request, unusable: token::Unusable) 
 
 /// Does the work, unless somebody does it already or it was done and nothing has changed.
 async fn work(worker: &Arc<Worker>, request: &Arc<Request>, call: &Call, slot: Slot) -> Found {
-    let mut slot = Some(slot);
-    let mut known = reuse::stored(worker, request, call).await;
-    let mut lead = None;
-    if let Some(repository) = call.repository(&worker.settings) {
-        loop {
-            let landing = match Flights::join(worker, &repository) {
-                Place::Lead(first) => {
-                    lead = Some(first);
-                    break;
-                }
-                Place::Follow(landing) => landing,
-            };
-            // Others may use the slot meanwhile.
-            drop(slot.take());
-            let _parked = Parked::new(worker);
-            log::info!(
-                "Task {} waits for the analysis of the same repository that is under way",
-                request.label()
-            );
-            match reuse::follow(request, landing).await {
-                Followed::Landed(report) => {
-                    known = Known::of(report).or(known);
-                    break;
-                }
-                Followed::Failed => {}
-                Followed::Stopped(verdict) => return Found::Ended(verdict),
-            }
-        }
-    }
-    let slot = match slot {
-        Some(slot) => slot,
-        None => tokio::select! {
-            slot = worker.pool.acquire() => {
-                request.start(slot.pid());
-                slot
-            }
-            verdict = reuse::stopped(request) => return Found::Ended(verdict),
-        },
+    let Turn {
+        slot,
+        known,
+        lead,
+        lease,
+    } = match turn::wait(worker, request, call, slot).await {
+        Ok(turn) => turn,
+        Err(verdict) => return Found::Ended(verdict),
     };
     let head = known.as_ref().map(|known| known.head.clone());
     let found = match compute(worker, request, call, slot, head).await {
         Outcome::Success(value) => match serde_json::from_value::<Answer>(value) {
-            Ok(Answer::Found(report)) => Found::Report(Arc::new(report)),
+            Ok(Answer::Found(report)) => Found::Report(Arc::new(report), lease),
             Ok(Answer::Unchanged) => match known {
                 Some(known) => {
                     log::info!(
@@ -229,7 +200,7 @@ async fn work(worker: &Arc<Worker>, request: &Arc<Request>, call: &Call, slot: S
                         request.label(),
                         known.head
                     );
-                    Found::Report(known.report)
+                    Found::Report(known.report, lease)
                 }
                 None => Found::Ended(unreadable(request, "it knows what it was not told")),
             },
@@ -237,7 +208,7 @@ async fn work(worker: &Arc<Worker>, request: &Arc<Request>, call: &Call, slot: S
         },
         outcome => Found::Otherwise(outcome),
     };
-    if let (Some(lead), Found::Report(report)) = (lead, &found) {
+    if let (Some(lead), Found::Report(report, _)) = (lead, &found) {
         lead.land(report);
     }
     found
@@ -376,7 +347,9 @@ async fn judge(
         return Verdict::Fenced;
     }
     let outcome = match found {
-        Found::Report(report) => return commit(worker, request, call, run, &report).await,
+        Found::Report(report, lease) => {
+            return commit(worker, request, call, run, &report, lease).await;
+        }
         Found::Ended(verdict) => return verdict,
         Found::Otherwise(outcome) => outcome,
     };
@@ -467,6 +440,7 @@ async fn commit(
     call: &Call,
     run: &Run,
     found: &Report,
+    mut lease: Option<Permit>,
 ) -> Verdict {
     if found.shallow {
         log::warn!(
@@ -498,7 +472,8 @@ async fn commit(
             let exception = Exception::operational(format!("{error}"));
             return failure(request, exception, "storing the analysis");
         }
-        // Other tasks go on in the meantime.
+        // Other tasks go on in the meantime, those for the same repository included.
+        drop(lease.take());
         execute::step_aside(worker, request);
         log::warn!(
             "Task {}: {error}; trying again in {:.1} s",

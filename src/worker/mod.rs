@@ -2,7 +2,8 @@
 //!
 //! In the order of the journey: [`consumer`] (the connection's loop) hands deliveries to
 //! [`strategy`], which makes [`request`]s of them or says why not; [`timer`] with [`scheduled`]
-//! and [`rate_limit`] hold those that must wait; [`fairness`] and [`permits`] say whose turn it is;
+//! and [`rate_limit`] hold those that must wait; [`fairness`] and [`permits`] say whose turn it is,
+//! [`turn`] and [`reuse`] that the same work is done once;
 //! a free slot starts the journey through rusty-celery
 //! ([`app`]) into [`execute`], where [`effects`] says what follows from what and [`canvas`] and
 //! [`report`] carry it out. [`controller`] starts and stops all of it; [`state`] and [`revoked`]
@@ -54,6 +55,7 @@ pub mod statedb;
 pub mod strategy;
 pub mod timer;
 pub mod token;
+pub mod turn;
 
 /// What every part of a running worker shares.
 pub struct Worker {

@@ -1,10 +1,11 @@
-//! `USER_MAX_RUNNING` and `USER_RATE_LIMIT`: whether one more task of a user may run now.
+//! `USER_MAX_RUNNING` and `USER_RATE_LIMIT`: whether one more task of a user may run now; and
+//! whether an analysis of a repository may, of which one runs at a time.
 //!
 //! Counted by the broker where it can count ([`crate::transport::permit`]), else in this worker
-//! alone, which is said once. A granted [`Permit`] is held by the journey and given back when it
+//! alone, which is said once for users. A granted [`Permit`] is held by the journey and given back when it
 //! ends, however it ends.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -15,7 +16,7 @@ use tokio::time::Instant;
 use super::Worker;
 use super::rate_limit::parse_count;
 use crate::config::Settings;
-use crate::transport::permit::{Allowance, Answer, Ask, RENEWAL};
+use crate::transport::permit::{Allowance, Answer, Ask, RENEWAL, Scope};
 
 /// A broker that does not answer within this time is asked again later.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -29,7 +30,7 @@ pub struct Permits {
     allowance: Allowance,
     /// How the limits were written, for the reason that is shown.
     rate: String,
-    held: Mutex<HashMap<String, String>>,
+    held: Mutex<HashSet<(Scope, String)>>,
     alone: Mutex<HashMap<String, Alone>>,
     /// The broker cannot count; said once.
     unable: AtomicBool,
@@ -54,6 +55,16 @@ pub enum Asked {
     Unknown,
 }
 
+/// What came of asking for a repository.
+pub enum Leased {
+    /// It is this task's, as long as this is kept.
+    Granted(Permit),
+    /// Another task has it.
+    Taken,
+    /// Nobody can tell.
+    Unknown,
+}
+
 /// Why a task has to wait.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
@@ -63,10 +74,10 @@ pub struct Refusal {
     pub after: Option<Duration>,
 }
 
-/// A place among a user's running tasks.
+/// A place among a user's running tasks, or the one at a repository.
 pub struct Permit {
     worker: Arc<Worker>,
-    user: String,
+    scope: Scope,
     holder: String,
     shared: bool,
 }
@@ -114,13 +125,14 @@ impl Permits {
 
     /// Asks for a permit for one task of a user.
     pub async fn ask(&self, worker: &Arc<Worker>, user: &str, task: &str) -> Asked {
-        let holder = format!("{}:{task}", worker.oid);
+        let holder = holder(worker, task);
+        let scope = Scope::User(user.to_owned());
         if !self.unable.load(Ordering::Relaxed) {
             let Some(channel) = worker.link.channel() else {
                 return Asked::Unknown;
             };
             let ask = Ask {
-                user,
+                scope: &scope,
                 holder: &holder,
                 task,
                 allowance: self.allowance,
@@ -128,10 +140,13 @@ impl Permits {
             // An answer that comes too late costs nothing: the lease is taken again or ends.
             match tokio::time::timeout(PATIENCE, channel.take_permit(&ask)).await {
                 Ok(Ok(Answer::Granted)) => {
-                    lock(&self.held).insert(holder.clone(), user.to_owned());
+                    // Without a limit nothing was entered that could end.
+                    if self.allowance.running > 0 {
+                        lock(&self.held).insert((scope.clone(), holder.clone()));
+                    }
                     return Asked::Granted(Permit {
                         worker: worker.clone(),
-                        user: user.to_owned(),
+                        scope,
                         holder,
                         shared: true,
                     });
@@ -160,11 +175,46 @@ impl Permits {
         match self.ask_alone(user, task, Instant::now()) {
             Ok(()) => Asked::Granted(Permit {
                 worker: worker.clone(),
-                user: user.to_owned(),
+                scope,
                 holder,
                 shared: false,
             }),
             Err(refusal) => Asked::Refused(refusal),
+        }
+    }
+
+    /// Asks to be the one that analyses a repository.
+    pub async fn lease(&self, worker: &Arc<Worker>, repository: &str, task: &str) -> Leased {
+        let Some(channel) = worker.link.channel() else {
+            return Leased::Unknown;
+        };
+        let holder = holder(worker, task);
+        let scope = Scope::Repository(repository.to_owned());
+        let ask = Ask {
+            scope: &scope,
+            holder: &holder,
+            task,
+            allowance: Allowance {
+                running: 1,
+                ..Allowance::default()
+            },
+        };
+        match tokio::time::timeout(PATIENCE, channel.take_permit(&ask)).await {
+            Ok(Ok(Answer::Granted)) => {
+                lock(&self.held).insert((scope.clone(), holder.clone()));
+                Leased::Granted(Permit {
+                    worker: worker.clone(),
+                    scope,
+                    holder,
+                    shared: true,
+                })
+            }
+            Ok(Ok(Answer::TooMany(_))) => Leased::Taken,
+            Ok(Ok(Answer::TooSoon(_) | Answer::Unable)) | Err(_) => Leased::Unknown,
+            Ok(Err(error)) => {
+                log::debug!("Cannot tell who else analyses the repository: {error}");
+                Leased::Unknown
+            }
         }
     }
 
@@ -229,23 +279,25 @@ impl Permits {
     }
 
     fn release(&self, permit: &Permit) {
-        if permit.shared {
-            lock(&self.held).remove(&permit.holder);
-            if self.allowance.running > 0
-                && let Some(channel) = permit.worker.link.channel()
-            {
-                channel.release_permit(&permit.user, &permit.holder);
-            }
-        } else {
+        let held = (permit.scope.clone(), permit.holder.clone());
+        if lock(&self.held).remove(&held)
+            && let Some(channel) = permit.worker.link.channel()
+        {
+            channel.release_permit(&permit.scope, &permit.holder);
+        }
+        let Scope::User(user) = &permit.scope else {
+            return;
+        };
+        if !permit.shared {
             let mut users = lock(&self.alone);
-            if let Some(known) = users.get_mut(&permit.user) {
+            if let Some(known) = users.get_mut(user) {
                 known.running = known.running.saturating_sub(1);
                 if known.running == 0 && known.started.is_empty() {
-                    users.remove(&permit.user);
+                    users.remove(user);
                 }
             }
         }
-        lock(&self.freed).push(permit.user.clone());
+        lock(&self.freed).push(user.clone());
         self.changed.notify_one();
     }
 }
@@ -256,25 +308,24 @@ impl Drop for Permit {
     }
 }
 
+/// Names a permit: a task that two workers were given is two tasks here.
+fn holder(worker: &Worker, task: &str) -> String {
+    format!("{}:{task}", worker.oid)
+}
+
 /// Says every second what this worker holds, until the worker is gone.
 pub async fn renew(worker: Arc<Worker>) {
-    if worker.permits.allowance.running == 0 {
-        return;
-    }
     let mut tick = tokio::time::interval(RENEWAL);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     while !worker.state.closed() {
         tick.tick().await;
-        let held: Vec<(String, String)> = lock(&worker.permits.held)
-            .iter()
-            .map(|(holder, user)| (user.clone(), holder.clone()))
-            .collect();
+        let held: Vec<(Scope, String)> = lock(&worker.permits.held).iter().cloned().collect();
         let Some(channel) = worker.link.channel().filter(|_| !held.is_empty()) else {
             continue;
         };
         match tokio::time::timeout(PATIENCE, channel.renew_permits(&held)).await {
             Ok(Ok(())) | Err(_) => {}
-            Ok(Err(error)) => log::warn!("Cannot renew the permits of users: {error}"),
+            Ok(Err(error)) => log::warn!("Cannot renew the permits of running tasks: {error}"),
         }
     }
 }

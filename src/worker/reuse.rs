@@ -1,4 +1,5 @@
-//! Doing the same work once: analyses under way in this worker, and stored ones.
+//! Doing the same work once: analyses under way in this worker, and stored ones. [`super::turn`]
+//! puts them in order.
 //!
 //! What is at hand counts only if the repository's server, asked with the task's own token,
 //! still names the same commit: that is asked by the child as the first step of a fetch, so it
@@ -9,6 +10,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
 use serde_json::Value;
 use tokio::sync::watch;
 
@@ -16,6 +18,7 @@ use super::Worker;
 use super::effects::Verdict;
 use super::request::Request;
 use crate::analysis::Report;
+use crate::config::Settings;
 use crate::database::Analysis;
 use crate::tasks::analyze_repo::Call;
 use crate::tasks::registry::seconds;
@@ -23,7 +26,7 @@ use crate::tasks::registry::seconds;
 /// The database is asked as a favour; without an answer the work is done.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// How often somebody who waits looks whether the wait is over for another reason.
-const LOOK: Duration = Duration::from_millis(100);
+pub(super) const LOOK: Duration = Duration::from_millis(100);
 
 type Landing = watch::Receiver<Option<Arc<Report>>>;
 
@@ -53,7 +56,12 @@ pub struct Known {
     pub head: String,
     /// What was found.
     pub report: Arc<Report>,
+    /// When it was stored, if it was.
+    pub stored: Option<DateTime<Utc>>,
 }
+
+/// The database did not say whether it knows the repository.
+pub struct NotAsked;
 
 /// How waiting for somebody else's analysis ended.
 pub enum Followed {
@@ -133,32 +141,49 @@ impl Known {
     /// A whole history's report; an empty repository has none that could stay the same.
     pub fn of(report: Arc<Report>) -> Option<Self> {
         let head = report.head.clone().filter(|_| !report.shallow)?;
-        Some(Self { head, report })
+        Some(Self {
+            head,
+            report,
+            stored: None,
+        })
     }
 }
 
-/// `RESULT_REUSE_TTL`: the stored analysis that answers if HEAD has not moved.
-pub async fn stored(worker: &Worker, request: &Request, call: &Call) -> Option<Known> {
-    let settings = &worker.settings;
-    let age = seconds(settings.result_reuse_ttl)?;
+/// `RESULT_REUSE_TTL`: how old a stored analysis may be to answer. `None`: none answers.
+pub fn age(settings: &Settings) -> Option<Duration> {
     // What is cut off is approximate and differs with the depth.
-    if settings.clone_depth.is_some() {
-        return None;
-    }
-    let since = chrono::Utc::now().checked_sub_signed(chrono::Duration::from_std(age).ok()?)?;
+    seconds(settings.result_reuse_ttl).filter(|_| settings.clone_depth.is_none())
+}
+
+/// The stored analysis that answers if HEAD has not moved, or that the database cannot be asked.
+pub async fn stored(
+    worker: &Worker,
+    request: &Request,
+    call: &Call,
+    age: Duration,
+) -> Result<Option<Known>, NotAsked> {
+    let age = chrono::Duration::from_std(age).map_err(|_| NotAsked)?;
+    let since = Utc::now().checked_sub_signed(age).ok_or(NotAsked)?;
     let find = async {
         let database = worker.database().await?;
-        let branch = settings.clone_branch.as_deref();
+        let branch = worker.settings.clone_branch.as_deref();
         database.newest_for(&call.repo_url, branch, since).await
     };
     match tokio::time::timeout(PATIENCE, find).await {
-        Ok(Ok(row)) => Known::of(Arc::new(report(&row?)?)),
+        Ok(Ok(row)) => Ok(row.as_ref().and_then(known)),
         Ok(Err(error)) => {
             log::warn!("Task {}: {error}; nothing is reused", request.label());
-            None
+            Err(NotAsked)
         }
-        Err(_) => None,
+        Err(_) => Err(NotAsked),
     }
+}
+
+fn known(row: &Analysis) -> Option<Known> {
+    Some(Known {
+        stored: row.finished_at,
+        ..Known::of(Arc::new(report(row)?))?
+    })
 }
 
 /// A stored row in the words of a report.

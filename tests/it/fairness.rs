@@ -129,11 +129,115 @@ fn a_users_limit_holds_over_two_workers_and_a_killed_one_gives_back() {
     assert_eq!(running(&mut raw, &user), 0);
 }
 
+/// When a user's last permit ends unless it is renewed, in milliseconds from now, by the
+/// server's clock.
+fn longest_permit(raw: &mut Raw, user: &str) -> i64 {
+    let key = format!("celeriac.running.{user}");
+    raw.with(|connection| {
+        let (seconds, micros): (i64, i64) = redis::cmd("TIME").query(connection)?;
+        let last: Vec<(String, f64)> = connection.zrevrange_withscores(&key, 0, 0)?;
+        let until = last.first().map_or(0.0, |(_, until)| *until) as i64;
+        Ok(until - (seconds * 1000 + micros / 1000))
+    })
+}
+
+#[test]
+fn two_users_limits_hold_through_kills_and_no_permit_of_the_dead_outlives_its_lease() {
+    let (redis, repository, server) = (services::redis(), repository(), GitServer::start());
+    let users = [unique("u"), unique("v")];
+    let queues = [unique("q"), unique("q")];
+    let start = |queue: &str| {
+        Worker::on(&redis.url)
+            .queue(queue)
+            .env("USER_MAX_RUNNING", "2")
+            .concurrency(5)
+            .start()
+    };
+    let mut workers = queues.each_ref().map(|queue| start(queue));
+    let mut raws = workers.each_ref().map(raw_of);
+    // Each worker has as many tasks as both users may run: either one or the other runs them.
+    let mut send = |place: usize| -> Vec<(String, Gate)> {
+        let of_both = users.iter().chain(&users);
+        of_both
+            .map(|user| {
+                let (url, gate) = server.gated(&repository);
+                (raws[place].send(TASK, json!([user, url])), gate)
+            })
+            .collect()
+    };
+    let arrivals =
+        |tasks: &[(String, Gate)]| -> usize { tasks.iter().map(|(_, gate)| gate.arrivals()).sum() };
+    let first = send(0);
+    wait_for("four to run", Duration::from_secs(20), || {
+        (arrivals(&first) == 4).then_some(())
+    });
+    let tasks = [first, send(1)];
+    let mut raws = workers.each_ref().map(raw_of);
+    let mut within_limits = move || {
+        for user in &users {
+            let alive = running(&mut raws[0], user);
+            assert!(alive <= 2, "{alive} permits");
+        }
+        users
+            .each_ref()
+            .map(|user| longest_permit(&mut raws[0], user))
+    };
+    for dying in [0, 1, 0] {
+        let next = 1 - dying;
+        // Every task of the other worker waits for the limits.
+        wait_for("the other's tasks to wait", Duration::from_secs(40), || {
+            within_limits();
+            let waits = |(id, _): &(String, Gate)| {
+                let line = format!("{TASK}[{id}] waits: user");
+                workers[next].log().contains(&line)
+            };
+            tasks[next].iter().all(waits).then_some(())
+        });
+        let before = arrivals(&tasks[next]);
+        workers[dying].kill();
+        let killed = Instant::now();
+        let longest = within_limits();
+        assert!(
+            longest.iter().all(|left| *left <= 4000),
+            "permits that end in {longest:?} ms"
+        );
+        wait_for("the other's to start", Duration::from_secs(40), || {
+            within_limits();
+            (arrivals(&tasks[next]) == before + 4).then_some(())
+        });
+        println!(
+            "permits ended in {longest:?} ms; all places used again after {:?}",
+            killed.elapsed()
+        );
+        workers[dying] = start(&queues[dying]);
+    }
+    for (_, gate) in tasks.iter().flatten() {
+        gate.open();
+    }
+    let mut raws = workers.each_ref().map(raw_of);
+    for (raw, tasks) in raws.iter_mut().zip(&tasks) {
+        for (id, _) in tasks {
+            wait_for("the end", Duration::from_secs(60), || {
+                within_limits();
+                (raw.status(id) == "SUCCESS").then_some(())
+            });
+        }
+        raw.wait_drained();
+    }
+}
+
 #[test]
 fn one_users_thousand_tasks_do_not_keep_another_users_first_waiting() {
     let redis = services::redis();
     let (repository, server) = (repository(), GitServer::start());
-    let worker = Worker::on(&redis.url).env("USER_MAX_RUNNING", "1").start();
+    let queue = unique("q");
+    let start = || {
+        Worker::on(&redis.url)
+            .queue(&queue)
+            .env("USER_MAX_RUNNING", "1")
+            .start()
+    };
+    let (worker, _other) = (start(), start());
     let mut raw = raw_of(&worker);
     let (held, gate) = server.gated(&repository);
     let many: Vec<String> = (0..1000)
@@ -291,4 +395,88 @@ fn a_task_whose_leader_fails_does_the_work_itself() {
     gate.wait_arrivals(2);
     gate.open();
     assert_eq!(raw.value(&follower)["total_contributors"], 1);
+}
+
+/// Two workers that share a database and reuse what is in it, each with a queue of its own.
+fn reusing(redis: &services::Redis, postgres: &services::Postgres) -> [Worker; 2] {
+    [(), ()].map(|()| {
+        Worker::on(&redis.url)
+            .database(postgres)
+            .env("RESULT_REUSE_TTL", "3600")
+            .start()
+    })
+}
+
+/// Leases of repositories at the server.
+fn leases(redis: &services::Redis) -> Vec<String> {
+    let keys = redis.keys().into_iter();
+    keys.filter(|key| key.contains("celeriac.analysing."))
+        .collect()
+}
+
+#[test]
+fn two_workers_with_the_same_repository_at_once_do_the_work_once() {
+    let (redis, postgres) = (services::redis(), services::postgres());
+    let (repository, server) = (repository(), GitServer::start());
+    let workers = reusing(&redis, &postgres);
+    let [mut first, mut second] = workers.each_ref().map(raw_of);
+    let (url, gate) = server.gated(&repository);
+    let leader = first.send(TASK, json!([1, url]));
+    gate.wait_arrivals(1);
+    let named = leases(&redis);
+    let digest = |key: &String| {
+        let name = key.rsplit('.').next().unwrap_or_default();
+        name.len() == 40 && name.bytes().all(|byte| byte.is_ascii_hexdigit())
+    };
+    assert!(!named.is_empty() && named.iter().all(digest), "{named:?}");
+
+    // One that waits can be ended; the next in line of its worker waits in its place.
+    let waits = |id: &str| {
+        let line = format!(
+            "{TASK}[{id}] waits for the analysis of the same repository that is under way in \
+             another worker"
+        );
+        workers[1].wait_log(&line);
+    };
+    let ended = second.send(TASK, json!([2, url]));
+    waits(&ended);
+    let follower = second.send(TASK, json!([3, url]));
+    workers[1].wait_log(&format!("{TASK}[{follower}] waits"));
+    workers[1].ask("app.control.terminate(sys.argv[1])\nanswer(0)", &[&ended]);
+    assert_eq!(second.wait(&ended)["status"], "REVOKED");
+    waits(&follower);
+    assert_eq!(gate.arrivals(), 1, "nobody else has asked the server");
+
+    gate.open();
+    let found = first.value(&leader);
+    assert_eq!(found["total_contributors"], 1);
+    assert_eq!(second.value(&follower), found);
+    let asked = server.requests();
+    let mine = asked
+        .iter()
+        .filter(|request| request.target.contains(path_of(&url)));
+    let packs = mine.filter(|request| request.body_has("command=fetch"));
+    assert_eq!(packs.count(), 1, "one clone for both workers");
+    wait_for("the leases to be gone", Duration::from_secs(20), || {
+        let left = leases(&redis);
+        left.iter().all(|key| !named.contains(key)).then_some(())
+    });
+}
+
+#[test]
+fn a_worker_whose_leader_in_another_worker_is_killed_does_the_work_itself() {
+    let (redis, postgres) = (services::redis(), services::postgres());
+    let (repository, server) = (repository(), GitServer::start());
+    let mut workers = reusing(&redis, &postgres);
+    let [mut first, mut second] = workers.each_ref().map(raw_of);
+    let (url, gate) = server.gated(&repository);
+    first.send(TASK, json!([1, url]));
+    gate.wait_arrivals(1);
+    let follower = second.send(TASK, json!([2, url]));
+    workers[1].wait_log("under way in another worker");
+    assert_eq!(gate.arrivals(), 1);
+    workers[0].kill();
+    gate.wait_arrivals(2);
+    gate.open();
+    assert_eq!(second.value(&follower)["total_contributors"], 1);
 }

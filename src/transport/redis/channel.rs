@@ -14,7 +14,7 @@ use super::fetch::{Popper, Tracker};
 use super::publish::outgoing;
 use super::reply::{texts, transaction};
 use super::{keys, mailbox, message, permits, revoked};
-use crate::transport::permit::{Answer, Ask};
+use crate::transport::permit::{Answer, Ask, Scope};
 use crate::transport::{
     Channel, Delivery, Error, ExchangeKind, Incoming, Notes, Publication, Queue, QueueStatus, Tag,
 };
@@ -473,13 +473,13 @@ impl Channel for RedisChannel {
         permits::take(&self.core, ask).await
     }
 
-    async fn renew_permits(&self, held: &[(String, String)]) -> Result<(), Error> {
+    async fn renew_permits(&self, held: &[(Scope, String)]) -> Result<(), Error> {
         permits::renew(&self.core, held).await
     }
 
-    fn release_permit(&self, user: &str, holder: &str) {
+    fn release_permit(&self, scope: &Scope, holder: &str) {
         let (done, _) = oneshot::channel();
-        let release = permits::release(&self.core, user, holder);
+        let release = permits::release(&self.core, scope, holder);
         // On a channel that has ended the permit ends by itself.
         drop(self.core.push(Op::Call(vec![release], done)));
     }

@@ -28,7 +28,7 @@
 //! | `celeriac.owners` | set, ≥ 1 h | owners that may hold something |
 //! | `celeriac.fenced.<owner>` | string, ≥ 1 h | its deliveries were taken away |
 //! | `celeriac.recovering.<owner>` | string, 10 s | lock of a recovery |
-//! | `celeriac.running.<user>`, `celeriac.started.<user>` | sorted set | see `permits` |
+//! | `celeriac.running.<user>`, `celeriac.started.<user>`, `celeriac.analysing.<digest>` | sorted set | see `permits` |
 //! | `celeriac.revoked` | sorted set, 3 h | revoked task id → when |
 //! | `celeriac.quarantine` | list, capped | messages nobody could process |
 //!

@@ -1,19 +1,20 @@
-//! Permits of users in Redis: two sorted sets for each user, changed by scripts only, so that
-//! no two workers can both take the last one. The server's clock is the only one that counts.
+//! Permits in Redis: two sorted sets for each user, one for each repository, changed by scripts
+//! only, so that no two workers can both take the last one. The server's clock is the only one that counts.
 //!
 //! | key | member → score |
 //! | --- | --- |
 //! | `celeriac.running.<user>` | permit → when it ends unless it is renewed |
 //! | `celeriac.started.<user>` | task id → when it started |
+//! | `celeriac.analysing.<digest>` | the same for a repository, of which one analysis may run |
 //!
-//! Both end by themselves.
+//! All end by themselves.
 
 use redis::{Cmd, Value};
 
 use super::core::Core;
 use super::keys::Keys;
 use crate::transport::Error;
-use crate::transport::permit::{Answer, Ask, LEASE};
+use crate::transport::permit::{Answer, Ask, LEASE, Scope};
 
 /// KEYS: running, started. ARGV: permit, task, most that run, milliseconds of a lease, most that
 /// start, milliseconds of their window. Returns 0, or 1 and how many run, or 2 and after how many
@@ -47,7 +48,7 @@ end
 return {0, 0}
 "#;
 
-/// KEYS: the running set of each permit's user. ARGV: milliseconds of a lease, then the permits
+/// KEYS: the running set of each permit's scope. ARGV: milliseconds of a lease, then the permits
 /// in the same order. One that has ended meanwhile is entered again: its task does run.
 pub(super) const RENEW: &str = r#"
 local time = redis.call('TIME')
@@ -62,16 +63,25 @@ return #KEYS
 /// Permits renewed by one call: a script's arguments are copied to its stack.
 const AT_ONCE: usize = 500;
 
-fn running(keys: &Keys, user: &str) -> String {
-    format!("{}celeriac.running.{user}", keys.prefix())
+fn running(keys: &Keys, scope: &Scope) -> String {
+    let prefix = keys.prefix();
+    match scope {
+        Scope::User(user) => format!("{prefix}celeriac.running.{user}"),
+        Scope::Repository(digest) => format!("{prefix}celeriac.analysing.{digest}"),
+    }
+}
+
+fn started(keys: &Keys, scope: &Scope) -> String {
+    let (Scope::User(name) | Scope::Repository(name)) = scope;
+    format!("{}celeriac.started.{name}", keys.prefix())
 }
 
 pub(super) async fn take(core: &Core, ask: &Ask<'_>) -> Result<Answer, Error> {
     if !core.scripted {
         return Ok(Answer::Unable);
     }
-    let running = running(&core.keys, ask.user);
-    let started = format!("{}celeriac.started.{}", core.keys.prefix(), ask.user);
+    let running = running(&core.keys, ask.scope);
+    let started = started(&core.keys, ask.scope);
     let mut cmd = core
         .scripts
         .take_permit
@@ -82,7 +92,7 @@ pub(super) async fn take(core: &Core, ask: &Ask<'_>) -> Result<Answer, Error> {
         .arg(milliseconds(LEASE))
         .arg(ask.allowance.starts)
         .arg(milliseconds(ask.allowance.window));
-    let replies = core.call("counting a user's tasks", vec![cmd]).await?;
+    let replies = core.call("counting what runs", vec![cmd]).await?;
     Ok(match replies.first() {
         Some(Value::Array(items)) => match items[..] {
             [Value::Int(0), _] => Answer::Granted,
@@ -97,14 +107,14 @@ pub(super) async fn take(core: &Core, ask: &Ask<'_>) -> Result<Answer, Error> {
     })
 }
 
-pub(super) async fn renew(core: &Core, held: &[(String, String)]) -> Result<(), Error> {
+pub(super) async fn renew(core: &Core, held: &[(Scope, String)]) -> Result<(), Error> {
     if !core.scripted {
         return Ok(());
     }
     for some in held.chunks(AT_ONCE) {
         let keys: Vec<String> = some
             .iter()
-            .map(|(user, _)| running(&core.keys, user))
+            .map(|(scope, _)| running(&core.keys, scope))
             .collect();
         let mut cmd = core
             .scripts
@@ -120,9 +130,9 @@ pub(super) async fn renew(core: &Core, held: &[(String, String)]) -> Result<(), 
 }
 
 /// The command that gives a permit back.
-pub(super) fn release(core: &Core, user: &str, holder: &str) -> Cmd {
+pub(super) fn release(core: &Core, scope: &Scope, holder: &str) -> Cmd {
     let mut cmd = redis::cmd("ZREM");
-    cmd.arg(running(&core.keys, user)).arg(holder);
+    cmd.arg(running(&core.keys, scope)).arg(holder);
     cmd
 }
 
