@@ -43,6 +43,7 @@ mod slot;
 pub use job::{Event, Failure, Job, Outcome, Retry};
 pub use options::Options;
 pub use prefork::{Pool, Writes};
+pub use process::release_start_up_text;
 pub use sandbox::Sandbox;
 pub use slot::Slot;
 

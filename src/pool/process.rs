@@ -10,7 +10,7 @@
 //! by the end of its sockets: it reads end-of-file and leaves when its parent is gone.
 #![expect(
     unsafe_code,
-    reason = "signal dispositions, close_range, pidfd and malloc_trim have no safe wrapper"
+    reason = "signal dispositions, close_range, pidfd, madvise and malloc_trim have no safe wrapper"
 )]
 
 use std::ffi::OsString;
@@ -447,9 +447,54 @@ pub(super) fn release_memory() {
     }
 }
 
+/// Lets go of the pages of program text that only the start needed: settings, tables, the first
+/// handshakes. They stay in the kernel's cache, and what is called again is mapped again by a
+/// minor fault; but an idle worker no longer counts them as its memory.
+pub fn release_start_up_text() {
+    let Ok(maps) = std::fs::read_to_string("/proc/self/maps") else {
+        return;
+    };
+    let here = release_start_up_text as *const () as usize;
+    if let Some(text) = maps.lines().find_map(|line| text_around(line, here)) {
+        // SAFETY: the range is a private mapping of a file that nobody writes (it is executable and
+        // not writable), so pages that are dropped come back from the file as they were.
+        unsafe { libc::madvise(text.start as *mut _, text.len(), libc::MADV_DONTNEED) };
+    }
+}
+
+/// The range of this line of `/proc/self/maps` if it is program text and holds the address.
+fn text_around(line: &str, address: usize) -> Option<std::ops::Range<usize>> {
+    let mut words = line.split(' ');
+    let (start, end) = words.next()?.split_once('-')?;
+    let parse = |hexadecimal| usize::from_str_radix(hexadecimal, 16).ok();
+    let range = parse(start)?..parse(end)?;
+    (words.next()? == "r-xp" && range.contains(&address)).then_some(range)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_the_text_that_holds_an_address_is_found() {
+        let line = "55d0c0000000-55d0c0f00000 r-xp 00400000 fe:00 77   /usr/bin/celeriac";
+        let inside = 0x55d0_c000_1000;
+        assert_eq!(
+            text_around(line, inside),
+            Some(0x55d0_c000_0000..0x55d0_c0f0_0000)
+        );
+        assert_eq!(text_around(line, 0x55d0_c0f0_0000), None);
+        assert_eq!(text_around(&line.replace("r-xp", "rw-p"), inside), None);
+        assert_eq!(text_around("", inside), None);
+    }
+
+    #[test]
+    fn the_program_goes_on_after_its_text_was_released() {
+        release_start_up_text();
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let here = release_start_up_text as *const () as usize;
+        assert!(maps.lines().any(|line| text_around(line, here).is_some()));
+    }
 
     #[test]
     fn the_reason_of_an_end_is_told_in_celerys_words() {

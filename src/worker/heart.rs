@@ -18,6 +18,7 @@ use super::mingle::mingle;
 use crate::config::Settings;
 use crate::events::{self, Dispatcher, Ear, Heart, Software, WorkerStatus, load_average};
 use crate::pidbox::{self, Addresses, Mailbox, Node};
+use crate::pool;
 use crate::protocol::clock::Clock;
 use crate::protocol::serialization::Accept;
 use crate::transport::{Queue, Transport};
@@ -212,5 +213,6 @@ async fn listen(
 async fn announce_ready(worker: Arc<Worker>, mut connections: watch::Receiver<u64>) {
     if connections.wait_for(|count| *count > 0).await.is_ok() {
         log::info!("{} ready.", worker.node);
+        pool::release_start_up_text();
     }
 }
