@@ -155,7 +155,9 @@ impl Logger {
         };
         builder
             .filter_level(libraries)
-            .filter_module("celeriac", level);
+            .filter_module("celeriac", level)
+            // It would write down every value that is stored, byte by byte.
+            .filter_module("tokio_postgres", libraries.min(LevelFilter::Info));
         if let Some(filters) = &options.filters {
             builder.parse_filters(filters);
         }

@@ -416,13 +416,14 @@ fn printable(text: &str) -> String {
         .collect()
 }
 
-/// A CSV field that no spreadsheet takes for a formula.
+/// A CSV field that no spreadsheet takes for a formula and no terminal for a command.
 fn csv_field(text: &str) -> String {
+    let text = printable(text);
     let guarded = match text.chars().next() {
-        Some('=' | '+' | '-' | '@' | '\t' | '\r') => format!("'{text}"),
-        _ => text.to_owned(),
+        Some('=' | '+' | '-' | '@') => format!("'{text}"),
+        _ => text,
     };
-    if guarded.contains([',', '"', '\n', '\r']) {
+    if guarded.contains([',', '"']) {
         format!("\"{}\"", guarded.replace('"', "\"\""))
     } else {
         guarded
@@ -438,6 +439,7 @@ mod tests {
         assert_eq!(printable("a\u{1b}[31m@x"), "a\u{fffd}[31m@x");
         assert_eq!(csv_field("=HYPERLINK(1)"), "'=HYPERLINK(1)");
         assert_eq!(csv_field("a,\"b\""), "\"a,\"\"b\"\"\"");
+        assert_eq!(csv_field("\t\u{1b}[2J=1"), "\u{fffd}\u{fffd}[2J=1");
         assert_eq!(csv_field("ann@example.com"), "ann@example.com");
     }
 }

@@ -23,6 +23,8 @@ mod addresses;
 mod amqp;
 /// Analyses and tokens in PostgreSQL and SQLite.
 mod analyses;
+/// Authors whose names and addresses are attacks.
+mod authors;
 /// Blame of small scripted histories that break simple versions of the rules.
 mod blame_fixtures;
 /// Blame of random histories.

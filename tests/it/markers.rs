@@ -175,7 +175,9 @@ fn a_token_is_seen_nowhere_whatever_becomes_of_its_task() {
     let secret = uuid::Uuid::new_v4().simple().to_string();
     // No prefix that gives it away, and one token for each path.
     let token = |name: &str| format!("zq{secret}{name}");
-    let markers = vec![secret.clone()];
+    // As text, and as libraries write bytes down.
+    let bytes: Vec<String> = secret.bytes().map(|byte| byte.to_string()).collect();
+    let markers = vec![secret.clone(), bytes.join(", ")];
     let worker = Worker::on(&server.url)
         .database(&postgres)
         .concurrency(3)

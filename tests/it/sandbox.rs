@@ -216,6 +216,42 @@ fn what_the_kernel_lacks_is_said_once_and_the_other_fences_stand() {
 }
 
 #[test]
+fn a_worker_that_is_aborted_leaves_no_core_dump() {
+    use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
+    use nix::sys::signal::{Signal, kill};
+    use std::os::unix::process::ExitStatusExt;
+
+    let (_, hard) = getrlimit(Resource::RLIMIT_CORE).unwrap();
+    // Only root may have more than it was given.
+    if setrlimit(Resource::RLIMIT_CORE, RLIM_INFINITY, RLIM_INFINITY).is_err() {
+        setrlimit(Resource::RLIMIT_CORE, hard, hard).unwrap();
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let mut other = Command::new("sleep")
+        .arg("600")
+        .current_dir(directory.path())
+        .spawn()
+        .unwrap();
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(other.id()).unwrap());
+    kill(pid, Signal::SIGABRT).unwrap();
+    let would = other.wait().unwrap();
+    println!("another program leaves one: {}", would.core_dumped());
+
+    let redis = services::redis();
+    let mut worker = Worker::start(&redis);
+    let pid = worker.pid();
+    let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+    println!(
+        "{}",
+        limits.lines().find(|line| line.contains("core")).unwrap()
+    );
+    worker.signal(Signal::SIGABRT);
+    let ended = worker.wait();
+    assert_eq!(ended.signal(), Some(Signal::SIGABRT as i32), "{ended}");
+    assert!(!ended.core_dumped(), "{ended}");
+}
+
+#[test]
 fn a_child_holds_no_connection_setting_or_secret_of_its_parent() {
     let redis = services::redis();
     let secret = unique("secret");
