@@ -293,11 +293,16 @@ impl PythonWorker {
     }
 
     /// kombu pops a message and writes down afterwards that it did: killed in between, it loses it,
-    /// and nobody else can know. So it is held still until every message is somewhere.
+    /// and nobody else can know. So it is held still, Redis takes back what it promised to a
+    /// stopped client, and it is killed only when every message is somewhere then.
     fn kill_where_kombu_loses_nothing(&mut self, raw: &mut Raw, ids: &[String]) {
         let group = Pid::from_raw(i32::try_from(self.0.pid()).unwrap());
         wait_for("all messages in Redis", Duration::from_secs(20), || {
             killpg(group, Signal::SIGSTOP).unwrap();
+            wait_for("the group to stand still", Duration::from_secs(20), || {
+                is_stopped(group).then_some(())
+            });
+            raw.end_blocked_pops();
             let seen = raw.ids();
             let is_there = |id: &String| seen.contains(id) || raw.status(id) == "SUCCESS";
             if ids.iter().all(is_there) {
@@ -308,6 +313,22 @@ impl PythonWorker {
         });
         self.kill();
     }
+}
+
+/// Whether every thread of a process group has stopped: a signal takes its time.
+fn is_stopped(group: Pid) -> bool {
+    let threads = std::fs::read_dir("/proc").unwrap().flatten();
+    let threads = threads.filter_map(|process| std::fs::read_dir(process.path().join("task")).ok());
+    threads.flatten().flatten().all(|thread| {
+        let stat = std::fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+        let mut words = stat
+            .rsplit(')')
+            .next()
+            .unwrap_or_default()
+            .split_whitespace();
+        let state = words.next().unwrap_or("X");
+        words.nth(1) != Some(&group.to_string()) || matches!(state, "T" | "Z" | "X")
+    })
 }
 
 fn python_worker(broker: &str, results: &str, queue: &str) -> PythonWorker {

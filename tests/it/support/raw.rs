@@ -204,11 +204,23 @@ impl Raw {
     /// Waits for the end of a task and returns its stored state.
     #[track_caller]
     pub fn wait(&mut self, id: &str) -> Value {
-        wait_for(&format!("the end of task {id}"), PATIENCE, || {
-            let meta = self.meta(id)?;
+        let began = std::time::Instant::now();
+        while began.elapsed() < PATIENCE {
+            let meta = self.meta(id).unwrap_or_default();
             let status = meta["status"].as_str().unwrap_or_default();
-            matches!(status, "SUCCESS" | "FAILURE" | "REVOKED").then_some(meta)
-        })
+            if matches!(status, "SUCCESS" | "FAILURE" | "REVOKED") {
+                return meta;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let place = if self.rabbit.is_some() {
+            "nobody knows where it is"
+        } else if self.ids().contains(id) {
+            "its message waits or is held"
+        } else {
+            "its message is gone"
+        };
+        panic!("no end of task {id}, which is {}; {place}", self.status(id));
     }
 
     /// Waits for the success of a task and returns its value.
@@ -269,6 +281,30 @@ impl Raw {
         }));
         let id = |message: &Value| message["headers"]["id"].as_str().map(str::to_owned);
         messages.iter().filter_map(id).collect()
+    }
+
+    /// Ends every BRPOP that waits in this database: who waits asks again, and who cannot ask any
+    /// more is given nothing.
+    pub fn end_blocked_pops(&mut self) {
+        let url = redis::Client::open(self.url.as_str()).expect("a Redis URL");
+        let database = format!(" db={} ", url.get_connection_info().redis_settings().db());
+        let clients: String =
+            self.with(|connection| redis::cmd("CLIENT").arg("LIST").query(connection));
+        let blocked = clients
+            .lines()
+            .filter(|line| line.contains(&database) && line.contains(" cmd=brpop "));
+        for line in blocked {
+            let id = line
+                .strip_prefix("id=")
+                .and_then(|rest| rest.split(' ').next());
+            let id = id.expect("a client has an id");
+            self.with(|connection| {
+                redis::cmd("CLIENT")
+                    .arg("UNBLOCK")
+                    .arg(id)
+                    .query::<()>(connection)
+            });
+        }
     }
 
     /// How many messages were set aside.
