@@ -29,8 +29,24 @@ const SECOND_LOOK: Duration = Duration::from_millis(500);
 /// Time between two comparisons of what is ours here and there: a command that was sent on a
 /// connection given up since may have been executed long afterwards.
 const AUDIT: Duration = Duration::from_secs(20);
+/// How long a sweep may take; who holds its lock for longer has died in the middle of one, or lost
+/// its connection. kombu's own lock would keep everybody from sweeping for five minutes.
+const SWEEP: Duration = Duration::from_secs(10);
 /// Time between two renewals of bindings.
 const REBIND: Duration = Duration::from_secs(60);
+
+/// Another worker that was found holding the lock of the sweep.
+struct Sweeper {
+    token: Vec<u8>,
+    since: Instant,
+}
+
+impl Sweeper {
+    fn new(token: Vec<u8>) -> Self {
+        let since = Instant::now();
+        Self { token, since }
+    }
+}
 
 impl Core {
     /// Looks after leases, owners and bindings until the channel ends.
@@ -45,6 +61,7 @@ impl Core {
         let mut renewed = Instant::now();
         let mut rebound = Instant::now();
         let mut swept: Option<Instant> = None;
+        let mut sweeper: Option<Sweeper> = None;
         let mut beaten: Option<Instant> = None;
         let mut seen: HashSet<String> = HashSet::new();
         let mut audited = Instant::now();
@@ -80,7 +97,7 @@ impl Core {
                 && swept.is_none_or(|at| at.elapsed() >= self.options.unacked_restore_interval)
             {
                 swept = Some(Instant::now());
-                self.tolerate(self.sweep().await)?;
+                self.tolerate(self.sweep(&mut sweeper).await)?;
             }
             if consuming && audited.elapsed() >= AUDIT {
                 audited = Instant::now();
@@ -256,8 +273,9 @@ impl Core {
         Ok(())
     }
 
-    /// kombu's sweep: hands back what nobody has renewed for the visibility timeout.
-    async fn sweep(&self) -> Result<(), Error> {
+    /// kombu's sweep: hands back what nobody has renewed for the visibility timeout. One worker at a
+    /// time: kombu restores a tag that it read as old even if somebody has just fetched it again.
+    async fn sweep(&self, other: &mut Option<Sweeper>) -> Result<(), Error> {
         if !self.options.ack_emulation {
             return Ok(());
         }
@@ -268,21 +286,28 @@ impl Core {
             .arg(&token)
             .arg("NX")
             .arg("PX")
-            .arg(self.options.unacked_mutex_expire.as_millis() as u64);
-        if !matches!(
-            self.call(operation, vec![lock]).await?.pop(),
-            Some(Value::Okay)
-        ) {
+            .arg(self.options.unacked_mutex_expire.min(SWEEP).as_millis() as u64);
+        let mut look = redis::cmd("GET");
+        look.arg(&self.keys.mutex);
+        let holder = self.call(operation, vec![lock, look.clone()]).await?.pop();
+        let Some(Value::BulkString(holder)) = holder else {
             return Ok(());
+        };
+        if holder != token.as_bytes() {
+            let same = other.take().filter(|sweeper| sweeper.token == holder);
+            let sweeper = other.insert(same.unwrap_or_else(|| Sweeper::new(holder)));
+            if sweeper.since.elapsed() < SWEEP {
+                return Ok(());
+            }
+            return self.sweep_locked().await;
         }
+        *other = None;
         let swept = self.sweep_locked().await;
         if self.scripted {
             let mut unlock = self.scripts.unlock.call([&*self.keys.mutex].into_iter());
             unlock.arg(&token);
             self.call(operation, vec![unlock]).await?;
         } else {
-            let mut look = redis::cmd("GET");
-            look.arg(&self.keys.mutex);
             let holder = self.call(operation, vec![look]).await?.pop();
             if matches!(holder, Some(Value::BulkString(holder)) if holder == token.as_bytes()) {
                 let mut unlock = redis::cmd("DEL");

@@ -66,6 +66,11 @@ impl Raw {
         }
     }
 
+    /// The queue's name.
+    pub fn queue(&self) -> &str {
+        &self.queue
+    }
+
     /// Does something with a connection, again while Redis is away.
     pub fn with<T>(
         &mut self,
