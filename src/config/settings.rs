@@ -178,7 +178,7 @@ settings! {
     task_acks_on_failure: Option<bool> = None;
     /// The same for time-outs only; absent: as above.
     task_acks_on_timeout: Option<bool> = None;
-    /// Late acknowledgement: a task whose child died goes back to the queue.
+    /// Late acknowledgement: a task whose child died goes back to the queue, until three died.
     task_reject_on_worker_lost: bool = false;
     /// A task whose child died is retried.
     task_retry_on_worker_lost: bool = false;

@@ -99,6 +99,26 @@ impl Database {
             .await
     }
 
+    /// Adds to the number of workers that died while they were at a run, and returns it; 0 when
+    /// nobody was entered as being at it.
+    pub async fn add_deaths(&self, task_id: &str, count: i32) -> Result<i32, Error> {
+        let lease = self.lease("count a death").await?;
+        let id = text(task_id);
+        let deaths = lease
+            .run(async |connection| {
+                on!(connection, link => diesel::update(analyses::table)
+                    .filter(analyses::task_id.eq(&id))
+                    .filter(analyses::state.eq(State::Running.as_str()))
+                    .set(analyses::deaths.eq(analyses::deaths + count))
+                    .returning(analyses::deaths)
+                    .get_result::<i32>(link)
+                    .await
+                    .optional())
+            })
+            .await?;
+        Ok(deaths.unwrap_or(0))
+    }
+
     /// The analysis of a task.
     pub async fn find(&self, task_id: &str) -> Result<Option<Analysis>, Error> {
         let lease = self.lease("find the analysis").await?;
@@ -267,6 +287,7 @@ async fn end(connection: &mut Connection, row: Row) -> QueryResult<bool> {
             analyses::error.eq(&row.error),
             analyses::finished_at.eq(row.finished_at),
             analyses::worker.eq(&row.worker),
+            analyses::deaths.eq(0),
         ))
         .execute(link)
         .await)?;

@@ -22,6 +22,7 @@ diesel::table! {
         error -> Nullable<Text>,
         worker -> Nullable<Text>,
         attempts -> Int4,
+        deaths -> Int4,
     }
 }
 

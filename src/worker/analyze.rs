@@ -15,7 +15,7 @@ use super::effects::{Cancel, Verdict};
 use super::permits::Permit;
 use super::request::Request;
 use super::turn::{self, Turn};
-use super::{Worker, execute, report, token};
+use super::{Worker, execute, report, strategy, token};
 use crate::analysis::{Answer, Progress, Report, Stage, Work};
 use crate::database::{Begun, Completed, Ended, Error, Run, State as RunState};
 use crate::pool::{Event, Failure, Job, Outcome, Slot};
@@ -24,6 +24,7 @@ use crate::protocol::exception::Exception;
 use crate::protocol::state::State;
 use crate::tasks::Kind;
 use crate::tasks::analyze_repo::{Call, completed, progress_meta};
+use crate::transport::MOST_DEATHS;
 
 /// At most so often is progress stored.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
@@ -49,6 +50,11 @@ pub async fn run(
             return Verdict::Failure(exception.with_traceback(traceback));
         }
     };
+    if request.redelivered && died(worker, request).await >= MOST_DEATHS {
+        let verdict = strategy::given_up(request);
+        given_up(worker, request, &verdict).await;
+        return verdict;
+    }
     let run = call.run(request.id(), &worker.settings, &worker.node);
     let start = Progress {
         stage: start_stage(&call),
@@ -92,12 +98,45 @@ pub async fn run(
     if began.elapsed() > LEASE_PROVED
         && let Some(tag) = request.tag()
         && !worker.link.holds(&tag).await
+        && request.fence()
     {
-        request.fence();
+        count_death(worker, request, -1);
     }
     let verdict = judge(worker, request, &call, &run, found).await;
     enter_end(worker, request, &run, &verdict).await;
     verdict
+}
+
+/// How many workers and children have died on a message that comes again: whoever is still entered
+/// as being at it did, unless it said that it lost the message alone ([`count_death`]). Redis
+/// counts workers by itself, RabbitMQ's classic queues do not.
+async fn died(worker: &Worker, request: &Request) -> u32 {
+    u32::try_from(add_deaths(worker, request, 1).await).unwrap_or(0)
+}
+
+/// For the next one who gets the message: -1 when this worker lost it and lives, which is made up
+/// for when it is delivered again, or 1 when it was delivered to this worker itself.
+pub fn count_death(worker: &Arc<Worker>, request: &Arc<Request>, count: i32) {
+    if request.kind == Kind::AnalyzeRepo {
+        let (worker, request) = (worker.clone(), request.clone());
+        tokio::spawn(async move { add_deaths(&worker, &request, count).await });
+    }
+}
+
+async fn add_deaths(worker: &Worker, request: &Request, count: i32) -> i32 {
+    let added = async {
+        worker
+            .database()
+            .await?
+            .add_deaths(request.id(), count)
+            .await
+    };
+    match tokio::time::timeout(ENTER_PATIENCE, added).await {
+        Ok(Ok(deaths)) => return deaths,
+        Ok(Err(error)) => log::warn!("Task {}: {error}", request.label()),
+        Err(_) => log::warn!("Task {}: the database counts no deaths", request.label()),
+    }
+    0
 }
 
 /// Enters in the database that a task is not tried again, if it is an analysis.
@@ -118,6 +157,11 @@ pub async fn given_up(worker: &Worker, request: &Request, verdict: &Verdict) {
 
 /// Enters how a run that did not succeed has ended.
 async fn enter_end(worker: &Worker, request: &Request, run: &Run, verdict: &Verdict) {
+    let rules = &request.rules;
+    if matches!(verdict, Verdict::WorkerLost(_)) && rules.acks_late && rules.reject_on_worker_lost {
+        // Its message goes back, and the next one counts this child as it counts a dead worker.
+        return;
+    }
     let Some(ended) = ended(verdict) else { return };
     let failed = fail(worker, run, &ended);
     match tokio::time::timeout(ENTER_PATIENCE, failed).await {
@@ -490,7 +534,8 @@ fn ended(verdict: &Verdict) -> Option<Ended> {
     let (state, error) = match verdict {
         Verdict::Failure(exception)
         | Verdict::TimedOut(exception)
-        | Verdict::WorkerLost(exception) => (RunState::Failure, exception.repr()),
+        | Verdict::WorkerLost(exception)
+        | Verdict::GivenUp(exception) => (RunState::Failure, exception.repr()),
         Verdict::Retry { cause, .. } => (RunState::Retry, cause.repr()),
         Verdict::Revoked { reason, .. } => (RunState::Revoked, (*reason).to_owned()),
         Verdict::Cancelled(Cancel::Shutdown) => {

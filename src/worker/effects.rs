@@ -48,6 +48,8 @@ pub enum Verdict {
     TimedOut(Exception),
     /// Its child died.
     WorkerLost(Exception),
+    /// Too many workers died on it: it is not tried again, and its message is kept.
+    GivenUp(Exception),
     /// It is to run again after a while.
     Retry {
         /// Why.
@@ -104,6 +106,8 @@ pub enum Effect {
         /// Back to the queue.
         requeue: bool,
     },
+    /// Settle the message: kept where people can look at it.
+    Quarantine,
     /// Send the event that belongs to the change.
     Event,
     /// Send task-rejected.
@@ -150,6 +154,10 @@ impl Rules {
                 effects.push(Effect::RejectedEvent { requeue: true });
             }
             Verdict::WorkerLost(_) => self.failure(&mut effects, late, true, false),
+            Verdict::GivenUp(_) => {
+                self.failure(&mut effects, false, true, false);
+                effects.insert(effects.len() - 1, Effect::Quarantine);
+            }
             Verdict::Retry { .. } => {
                 effects.push(Effect::Republish);
                 self.store(&mut effects, !self.ignore_result);
@@ -295,6 +303,14 @@ mod tests {
             rules.end(&lost, true).contains(&Effect::Store),
             "an early one cannot go back"
         );
+    }
+
+    #[test]
+    fn what_is_given_up_is_told_before_its_message_is_set_aside() {
+        let verdict = Verdict::GivenUp(Exception::type_error("three deaths"));
+        let effects = rules(true).end(&verdict, false);
+        let end = [Effect::Errbacks, Effect::Quarantine, Effect::Event];
+        assert!(effects.starts_with(&[Effect::Store]) && effects.ends_with(&end));
     }
 
     #[test]

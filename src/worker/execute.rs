@@ -235,6 +235,11 @@ async fn apply(
         }
         Effect::Errbacks => canvas::errbacks(worker, request).await,
         Effect::Ack => acknowledge(worker, request),
+        Effect::Quarantine => {
+            if let (Some(tag), Verdict::GivenUp(why)) = (request.settle(), &ending.verdict) {
+                worker.link.quarantine(tag, why.repr());
+            }
+        }
         Effect::Reject { requeue } => {
             if let Some(tag) = request.settle() {
                 worker.link.reject(tag, requeue);
@@ -274,7 +279,8 @@ pub fn record(verdict: &Verdict) -> Option<(State, Value, Option<String>)> {
         }
         Verdict::Failure(exception)
         | Verdict::TimedOut(exception)
-        | Verdict::WorkerLost(exception) => raised(State::Failure, exception),
+        | Verdict::WorkerLost(exception)
+        | Verdict::GivenUp(exception) => raised(State::Failure, exception),
         Verdict::Retry { cause, .. } => raised(State::Retry, cause),
         Verdict::Revoked { reason, .. } => Some((
             State::Revoked,

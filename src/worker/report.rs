@@ -92,7 +92,8 @@ pub fn ended_event(worker: &Worker, request: &Request, ending: &Ending) {
         }
         Verdict::Failure(exception)
         | Verdict::TimedOut(exception)
-        | Verdict::WorkerLost(exception) => {
+        | Verdict::WorkerLost(exception)
+        | Verdict::GivenUp(exception) => {
             Event::task_failed(id, &exception.repr(), Some(traceback_of(exception)))
         }
         Verdict::Retry { cause, .. } => Event::task_retried(id, &cause.repr(), traceback_of(cause)),
@@ -142,6 +143,9 @@ pub fn ended(request: &Request, ending: &Ending) {
         }
         Verdict::WorkerLost(exception) => {
             log::error!("Task handler raised error: {} in {label}", exception.repr());
+        }
+        Verdict::GivenUp(exception) => {
+            log::error!("{} (kept in quarantine)", exception.repr());
         }
         Verdict::Retry { cause, after } => {
             log::info!(

@@ -187,9 +187,9 @@ impl Request {
         changing.fenced = false;
     }
 
-    /// The delivery is not ours any more, though the work may go on.
-    pub fn disown(&self) {
-        self.changing().tag = None;
+    /// The delivery is not ours any more, though the work may go on. Whether it was until now.
+    pub fn disown(&self) -> bool {
+        self.changing().tag.take().is_some()
     }
 
     /// Takes the tag for settling it; `None` when it is settled or not ours.
@@ -204,11 +204,12 @@ impl Request {
         self.changing().acknowledged
     }
 
-    /// Somebody else holds the message: no effect of the work may be seen.
-    pub fn fence(&self) {
+    /// Somebody else holds the message: no effect of the work may be seen. Whether it was ours
+    /// until now.
+    pub fn fence(&self) -> bool {
         let mut changing = self.changing();
         changing.fenced = true;
-        changing.tag = None;
+        changing.tag.take().is_some()
     }
 
     /// Whether somebody else holds the message.

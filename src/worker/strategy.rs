@@ -61,6 +61,7 @@ pub fn receive(worker: &Arc<Worker>, delivery: &Delivery) -> Option<Arc<Request>
         // The broker took the message back and gave it to us again while we were at it: the
         // work under way settles it.
         running.adopt(delivery.tag.clone());
+        analyze::count_death(worker, &running, 1);
         return None;
     }
     if delivery.redelivered && worker.state.doubts.take(&message.id, message.retries) {
@@ -75,7 +76,12 @@ pub fn receive(worker: &Arc<Worker>, delivery: &Delivery) -> Option<Arc<Request>
     let request = Arc::new(Request::new(message, delivery, entry, &worker.settings));
     worker.state.hold(&request);
     if delivery.deaths >= MOST_DEATHS {
-        poisoned(worker, &request);
+        let (worker, request) = (worker.clone(), request.clone());
+        tokio::spawn(async move {
+            let verdict = given_up(&request);
+            analyze::given_up(&worker, &request, &verdict).await;
+            execute::finish(&worker, &request, verdict, Duration::ZERO).await;
+        });
         return None;
     }
     Some(request)
@@ -185,26 +191,13 @@ fn unregistered(worker: &Arc<Worker>, tag: Tag, message: Message) {
     });
 }
 
-/// Fails the task with all that follows from it, and keeps its message.
-fn poisoned(worker: &Arc<Worker>, request: &Arc<Request>) {
-    let text = format!(
+/// The end of a task on which too many workers died: it fails with all that follows from it, and its
+/// message is kept.
+pub fn given_up(request: &Request) -> Verdict {
+    Verdict::GivenUp(Exception::worker_lost(&format!(
         "{} was given up: its worker or child died on it, or lost it, too often",
         request.label()
-    );
-    log::error!("{text} (kept in quarantine)");
-    let worker = worker.clone();
-    let request = request.clone();
-    tokio::spawn(async move {
-        let exception = Exception::worker_lost(&text);
-        let verdict = Verdict::Failure(exception);
-        analyze::given_up(&worker, &request, &verdict).await;
-        // Taken before the end is performed, so that it is not acknowledged.
-        let tag = request.settle();
-        execute::finish(&worker, &request, verdict, Duration::ZERO).await;
-        if let Some(tag) = tag {
-            worker.link.quarantine(tag, text);
-        }
-    });
+    )))
 }
 
 async fn fail(worker: &Worker, id: &str, exception: &Exception, to: ReplyTo<'_>) {

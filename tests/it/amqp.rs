@@ -3,13 +3,15 @@
 //!
 //! Tests that stop the broker or close its connections have a server of their own.
 
-use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::support::worker::Worker;
-use crate::support::{GitServer, Proxy, RabbitServer, Repository, services, unique, wait_for};
+use crate::support::{
+    Broker, GitServer, Proxy, RabbitServer, Repository, services, unique, wait_for,
+};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -21,12 +23,12 @@ values = [str(r.get(timeout=90)) for r in results]
 answer(sum(f'm{i}' in v for i, v in enumerate(values)))
 ";
 
-/// A Python worker that has the same tasks; it says who it is.
+/// A Python worker that has the same task.
 const PEER: &str = "
-import os, sys
+import json, os
 from celery import Celery
 app = Celery('peer', broker=os.environ['QUEUE_BROKER_URL'], backend='rpc://')
-app.conf.worker_prefetch_multiplier = 1
+app.conf.update(json.loads(os.environ['PEER_SETTINGS']))
 @app.task(name='test_task')
 def test_task(message):
     return 'python says ' + message
@@ -52,63 +54,11 @@ fn succeeded(worker: &Worker, id: &str) -> usize {
 }
 
 #[test]
-fn python_and_celeriac_share_a_queue_and_run_each_task_once() {
-    let broker = services::rabbitmq();
-    let ours = Worker::on(&broker).start();
-    let python = ours.python();
-    let peer = python.spawn(&["-c", PEER]);
-    wait_for("the Python worker", PATIENCE, || {
-        peer.log().contains("ready.").then_some(())
-    });
-    assert_eq!(ours.ask(MANY, &["200"]), json!(200));
-    let by_python = peer.log().matches("succeeded in").count();
-    let by_us = ours.log().matches("succeeded in").count();
-    assert_eq!(by_python + by_us, 200, "{by_python} + {by_us}");
-    assert!(by_python > 0 && by_us > 0, "{by_python} + {by_us}");
-    assert!(
-        !peer.log().contains("PRECONDITION_FAILED"),
-        "{}",
-        peer.log()
-    );
-}
-
-#[test]
-fn a_broker_that_is_stopped_and_started_under_load_loses_nothing() {
-    let rabbit = RabbitServer::start();
-    let worker = Worker::on(&rabbit.url).start();
-    let send = "
-for i in range(int(sys.argv[1])):
-    app.send_task('test_task', args=[f'm{i}'], queue=QUEUE, ignore_result=True, retry=True)
-answer(None)
-";
-    worker.ask(send, &["300"]);
-    rabbit.restart();
-    worker.ask(send, &["100"]);
-    wait_for("all tasks", PATIENCE, || {
-        (worker.log().matches("succeeded in").count() >= 400).then_some(())
-    });
-    wait_for("an empty queue", PATIENCE, || {
-        (rabbit.counts(&worker.queue) == (0, 0)).then_some(())
-    });
-    // A task that was acknowledged while the broker went down may have come again.
-    let log = worker.log();
-    let mut runs: BTreeMap<&str, usize> = BTreeMap::new();
-    for line in log.lines().filter(|line| line.contains("succeeded in")) {
-        let id = line
-            .split(['[', ']'])
-            .find(|part| part.len() == 36)
-            .unwrap();
-        *runs.entry(id).or_default() += 1;
-    }
-    assert_eq!(runs.len(), 400);
-    assert!(runs.values().all(|count| *count == 1), "{runs:?}");
-}
-
-#[test]
 fn a_task_that_runs_while_its_connection_is_closed_is_committed_once() {
-    let rabbit = RabbitServer::start();
+    let broker = Broker::rabbitmq();
     let postgres = services::postgres();
-    let worker = Worker::on(&rabbit.url).database(&postgres).start();
+    let worker = broker.worker().database(&postgres).start();
+    let mut raw = broker.raw(&worker.queue);
     let repository = repository();
     let git = GitServer::start();
     let (url, gate) = git.gated(&repository);
@@ -117,7 +67,7 @@ fn a_task_that_runs_while_its_connection_is_closed_is_committed_once() {
     for _ in 0..2 {
         let before = worker.log().matches("Connected to").count();
         wait_for("a new connection", PATIENCE, || {
-            rabbit.close_connections();
+            broker.close_connections();
             (worker.log().matches("Connected to").count() > before).then_some(())
         });
     }
@@ -127,9 +77,7 @@ fn a_task_that_runs_while_its_connection_is_closed_is_committed_once() {
     wait_for("the result", PATIENCE, || {
         (succeeded(&worker, id) > 0).then_some(())
     });
-    wait_for("an empty queue", PATIENCE, || {
-        (rabbit.counts(&worker.queue) == (0, 0)).then_some(())
-    });
+    raw.wait_drained();
     assert_eq!(succeeded(&worker, id), 1);
     assert_eq!(postgres.rows_with(&url).len(), 1);
     assert_eq!(worker.ask(MANY, &["5"]), json!(5), "it goes on");
@@ -265,8 +213,9 @@ answer(None)
 
 #[test]
 fn what_nobody_can_process_is_kept_in_the_quarantine_queue() {
-    let rabbit = RabbitServer::start();
-    let worker = Worker::on(&rabbit.url).start();
+    let broker = Broker::rabbitmq();
+    let worker = broker.worker().start();
+    let mut raw = broker.raw(&worker.queue);
     let script = "
 with app.connection_for_write() as connection:
     producer = connection.Producer()
@@ -276,10 +225,7 @@ answer(None)
 ";
     worker.ask(script, &[]);
     wait_for("the message in quarantine", PATIENCE, || {
-        let list = rabbit.ctl(&["list_queues", "name", "messages"]);
-        list.lines()
-            .any(|line| line.split_whitespace().eq(["celeriac.quarantine", "1"]))
-            .then_some(())
+        (raw.quarantined() == 1).then_some(())
     });
     let headers = worker.ask(
         "
@@ -377,7 +323,7 @@ fn certificates_are_checked_and_a_private_authority_can_be_named() {
 
 #[test]
 fn queues_that_are_deleted_are_made_again_for_who_consumes_and_for_who_publishes() {
-    let broker = crate::support::Broker::rabbitmq();
+    let broker = Broker::rabbitmq();
     let next = unique("next");
     let worker = broker
         .worker()
@@ -429,7 +375,7 @@ fn a_connection_on_which_nothing_comes_any_more_is_made_again() {
 
 #[test]
 fn a_quorum_queue_can_be_added_to_a_worker_of_classic_queues() {
-    let broker = crate::support::Broker::rabbitmq();
+    let broker = Broker::rabbitmq();
     let worker = broker.worker().start();
     let (quorum, other) = (unique("quorum"), unique("other"));
     let add = "
@@ -460,34 +406,188 @@ answer(len(values))
     assert_eq!(worker.log().matches("Connected to").count(), 1);
 }
 
+/// What RabbitMQ itself says of the queues whose names begin so.
+fn declared(broker: &Broker, start: &str) -> Vec<(String, Value)> {
+    let (mut api, vhost) = broker.rabbit().unwrap();
+    let path = format!("queues/{vhost}?disable_stats=true&enable_queue_totals=true");
+    let all = api.request("GET", &path, &Value::Null);
+    let named = all.as_array().unwrap().iter();
+    let named = named.map(|queue| (queue["name"].as_str().unwrap(), queue));
+    let found = named.filter(|(name, _)| name.starts_with(start));
+    let about = |queue: &Value| {
+        let mut about = json!({"arguments": queue["arguments"]});
+        // Added by RabbitMQ 4 itself.
+        about["arguments"]
+            .as_object_mut()
+            .unwrap()
+            .remove("x-queue-type");
+        for name in ["durable", "auto_delete", "exclusive"] {
+            about[name] = queue[name].clone();
+        }
+        about
+    };
+    found
+        .map(|(name, queue)| (name.to_owned(), about(queue)))
+        .collect()
+}
+
+/// RabbitMQ refuses a declaration that differs from what is there: Python makes ours again, then
+/// listens and asks; a Python worker beside us does the same.
+const SAME_SETTINGS: &str = "
+from celery.app.control import Control
+conf, node, events = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3]
+app.conf.update(conf)
+with app.connection() as connection:
+    again = []
+    if conf:
+        # Otherwise they belong to the worker's connection.
+        again.append(Control(app).mailbox.get_queue(node)(connection.default_channel))
+        again.append(app.events.Receiver(connection.channel(), node_id=events.split('.', 1)[1]).queue)
+        again = [queue(connection.default_channel).queue_declare()[0] for queue in again]
+    heard = []
+    def note(event):
+        heard.append(event['hostname'])
+        receiver.should_stop = len(set(heard)) == 2
+    receiver = app.events.Receiver(connection.channel(), handlers={'worker-heartbeat': note})
+    receiver.capture(limit=None, timeout=30)
+pongs = app.control.ping(timeout=5, limit=2)
+answer([again, sorted(set(heard)), len(pongs)])
+";
+
 #[test]
 fn queues_of_control_and_events_are_made_as_the_settings_say() {
-    let broker = services::rabbitmq();
-    let settings = [
-        ("CELERY_CONTROL_QUEUE_EXCLUSIVE", "false"),
-        ("CELERY_CONTROL_QUEUE_DURABLE", "true"),
-        ("CELERY_CONTROL_QUEUE_TTL", "100"),
-        ("CELERY_CONTROL_QUEUE_EXPIRES", "20"),
-    ];
-    let worker = settings
-        .iter()
-        .fold(Worker::on(&broker), |worker, (name, value)| {
-            worker.env(name, value)
-        })
-        .start();
-    // RabbitMQ refuses a declaration that differs from what is there.
-    let script = "
-from celery.app.control import Control
-app.conf.update(control_queue_exclusive=False, control_queue_durable=True,
-                control_queue_ttl=100.0, control_queue_expires=20.0)
-with app.connection() as connection:
-    queue = Control(app).mailbox.get_queue(sys.argv[1])(connection.default_channel)
-    answer([queue.queue_declare(passive=True)[0], queue.queue_declare()[0]])
-";
-    let name = format!("{}.celery.pidbox", worker.node);
-    assert_eq!(worker.ask(script, &[&worker.node]), json!([name, name]));
-    let both = Worker::on(&broker)
+    let usual = json!({
+        "control": {"durable": false, "auto_delete": true, "exclusive": true,
+            "arguments": {"x-message-ttl": 300_000, "x-expires": 10_000}},
+        "events": {"durable": false, "auto_delete": true, "exclusive": true,
+            "arguments": {"x-message-ttl": 5000, "x-expires": 60_000}},
+    });
+    let given = json!({
+        "control_queue_exclusive": false, "control_queue_durable": true,
+        "control_queue_ttl": 100.0, "control_queue_expires": 20.0,
+        "event_queue_exclusive": false, "event_queue_durable": true,
+        "event_queue_ttl": 7.0, "event_queue_expires": 30.0, "event_queue_prefix": "watch",
+    });
+    let wanted = json!({
+        "control": {"durable": true, "auto_delete": false, "exclusive": false,
+            "arguments": {"x-message-ttl": 100_000, "x-expires": 20_000}},
+        "events": {"durable": true, "auto_delete": false, "exclusive": false,
+            "arguments": {"x-message-ttl": 7000, "x-expires": 30_000}},
+    });
+    for (settings, wanted, prefix) in [(json!({}), usual, "celeryev"), (given, wanted, "watch")] {
+        let broker = Broker::rabbitmq();
+        let mut worker = broker.worker();
+        for (name, value) in settings.as_object().unwrap() {
+            let text = value
+                .as_str()
+                .map_or_else(|| value.to_string(), str::to_owned);
+            worker = worker.env(&format!("CELERY_{}", name.to_uppercase()), &text);
+        }
+        let worker = worker.start();
+        let one = |start: &str| {
+            wait_for("one queue of that name", PATIENCE, || {
+                <[_; 1]>::try_from(declared(&broker, start)).ok()
+            })
+        };
+        let [(control, about)] = one(&worker.node);
+        assert_eq!(control, format!("{}.celery.pidbox", worker.node));
+        assert_eq!(about, wanted["control"]);
+        let [(events, about)] = one(prefix);
+        assert_eq!(about, wanted["events"]);
+
+        let text = settings.to_string();
+        let python = worker.python().env("PEER_SETTINGS", &text);
+        let peer = python.spawn(&["-c", PEER]);
+        wait_for("the Python worker", PATIENCE, || {
+            peer.log().contains("ready.").then_some(())
+        });
+        let answer = worker.ask(SAME_SETTINGS, &[&text, &worker.node, &events]);
+        let both = [control, events];
+        let again = if text == "{}" { &both[..0] } else { &both };
+        assert_eq!(answer[0], json!(again));
+        assert_eq!(answer[1].as_array().unwrap().len(), 2, "{answer}");
+        assert_eq!(answer[2], 2, "{answer}");
+        for log in [worker.log(), peer.log()] {
+            assert!(
+                !log.contains("PRECONDITION") && !log.contains("LOCKED"),
+                "{log}"
+            );
+        }
+    }
+    let both = Worker::on(&services::rabbitmq())
         .env("CELERY_EVENT_QUEUE_DURABLE", "true")
         .start_without_waiting();
     both.wait_log("CELERY_EVENT_QUEUE_EXCLUSIVE=false");
+}
+
+#[test]
+fn what_is_wrong_with_the_address_is_said_without_its_password() {
+    let right = url::Url::parse(&services::rabbitmq()).unwrap();
+    let wrong = |change: fn(&mut url::Url)| {
+        let mut url = right.clone();
+        change(&mut url);
+        url.to_string()
+    };
+    let cases = [
+        (
+            wrong(|url| url.set_password(Some("hunter2")).unwrap()),
+            "ACCESS_REFUSED",
+        ),
+        (wrong(|url| url.set_path("/elsewhere")), "elsewhere"),
+        (wrong(|url| url.set_port(Some(9)).unwrap()), "refused"),
+    ];
+    for (url, said) in cases {
+        let worker = Worker::on(&url).start_without_waiting();
+        worker.wait_log("Cannot connect to amqp://guest:**@127.0.0.1:");
+        let log = worker.log();
+        assert!(log.contains(said), "{said}: {log}");
+        assert!(
+            !log.contains("hunter2") && !log.contains("guest:guest"),
+            "{log}"
+        );
+    }
+}
+
+#[test]
+fn a_queue_that_is_there_with_other_attributes_is_pointed_out() {
+    let broker = Broker::rabbitmq();
+    let (mut api, vhost) = broker.rabbit().unwrap();
+    let (queue, exchange) = (unique("other"), unique("other"));
+    let attributes = json!({"durable": true, "arguments": {"x-max-priority": 5}});
+    api.request("PUT", &format!("queues/{vhost}/{queue}"), &attributes);
+    let attributes = json!({"type": "topic", "durable": true});
+    api.request("PUT", &format!("exchanges/{vhost}/{exchange}"), &attributes);
+    for name in [&queue, &exchange] {
+        let mut refused = broker.worker().queue(name).start_without_waiting();
+        assert_eq!(refused.wait().code(), Some(1));
+        let log = refused.log();
+        assert!(
+            log.contains(name) && log.contains("exists with other attributes"),
+            "{log}"
+        );
+    }
+
+    // It costs a worker that has other queues nothing.
+    let worker = broker.worker().start();
+    let add = "
+answer(app.control.broadcast('add_consumer', {'queue': sys.argv[1]}, reply=True, timeout=5, limit=1))
+";
+    worker.ask(add, &[&queue]);
+    worker.wait_log(&format!("Cannot consume from {queue}"));
+    assert!(worker.log().contains("exists with other attributes"));
+
+    // Made anew under a worker that does not look: tried until it is put right.
+    let path = format!("queues/{vhost}/{}", worker.queue);
+    let before = worker.log().matches("exists with other attributes").count();
+    worker.signal(Signal::SIGSTOP);
+    api.request("DELETE", &path, &Value::Null);
+    let attributes = json!({"durable": true, "arguments": {"x-max-priority": 5}});
+    api.request("PUT", &path, &attributes);
+    worker.signal(Signal::SIGCONT);
+    wait_for("refusals", PATIENCE, || {
+        let refusals = worker.log().matches("exists with other attributes").count();
+        (refusals >= before + 2).then_some(())
+    });
+    api.request("DELETE", &path, &Value::Null);
+    assert_eq!(worker.ask(MANY, &["3"]), json!(3));
 }

@@ -202,15 +202,19 @@ fn what_workers_answer_is_shown_as_celery_shows_it(broker: &Broker) {
     }
 }
 
-#[test]
-fn a_worker_that_is_not_there_and_a_wrong_line_have_celerys_exit_codes() {
-    let broker = Broker::redis();
-    let world = world(&broker);
+on_brokers!(nobody_who_answers_and_no_broker_have_celerys_exit_code);
+fn nobody_who_answers_and_no_broker_have_celerys_exit_code(broker: &Broker) {
+    let world = world(broker);
     let said = world.ours("inspect ping -d nobody@nowhere -t 0.2");
     assert_eq!(said.code, Some(69));
     assert_eq!(said.err, "Error: No nodes replied within time constraint\n");
     assert_eq!(world.ours("status -d nobody@nowhere -t 0.2").code, Some(69));
-    let away = world.ours("status -b redis://127.0.0.1:1/0");
+    let away = if broker.is_redis() {
+        "redis://127.0.0.1:1/0"
+    } else {
+        "amqp://127.0.0.1:1//"
+    };
+    let away = world.ours(&format!("status -b {away}"));
     assert_eq!(away.code, Some(69));
     assert!(
         away.err
@@ -218,6 +222,12 @@ fn a_worker_that_is_not_there_and_a_wrong_line_have_celerys_exit_codes() {
         "{}",
         away.err
     );
+}
+
+#[test]
+fn a_wrong_line_has_celerys_exit_code() {
+    let broker = Broker::redis();
+    let world = world(&broker);
     for line in [
         "inspect nonsense",
         "inspect",

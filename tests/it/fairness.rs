@@ -6,7 +6,9 @@ use redis::Commands;
 use serde_json::{Value, json};
 
 use crate::support::git_server::Gate;
-use crate::support::{GitServer, Raw, Repository, Worker, services, unique, wait_for};
+use crate::support::{
+    Broker, GitServer, Raw, Repository, Worker, on_brokers, services, unique, wait_for,
+};
 
 const TASK: &str = "analyze_repo_task";
 
@@ -226,19 +228,19 @@ fn two_users_limits_hold_through_kills_and_no_permit_of_the_dead_outlives_its_le
     }
 }
 
-#[test]
-fn one_users_thousand_tasks_do_not_keep_another_users_first_waiting() {
-    let redis = services::redis();
+on_brokers!(one_users_thousand_tasks_do_not_keep_another_users_first_waiting);
+fn one_users_thousand_tasks_do_not_keep_another_users_first_waiting(broker: &Broker) {
     let (repository, server) = (repository(), GitServer::start());
     let queue = unique("q");
     let start = || {
-        Worker::on(&redis.url)
+        broker
+            .worker()
             .queue(&queue)
             .env("USER_MAX_RUNNING", "1")
             .start()
     };
     let (worker, _other) = (start(), start());
-    let mut raw = raw_of(&worker);
+    let mut raw = broker.raw(&worker.queue);
     let (held, gate) = server.gated(&repository);
     let many: Vec<String> = (0..1000)
         .map(|_| raw.send(TASK, json!(["many", held])))
@@ -248,7 +250,13 @@ fn one_users_thousand_tasks_do_not_keep_another_users_first_waiting() {
     let one = raw.send(TASK, json!(["one", server.open(&repository)]));
     assert_eq!(raw.value(&one)["total_contributors"], 1);
     println!("behind a thousand: {:?}", sent.elapsed());
-    assert_eq!(gate.arrivals(), 1, "the user with many is at the limit");
+    // Without a Redis each worker counts alone.
+    let most = if broker.is_redis() { 1 } else { 2 };
+    let arrivals = gate.arrivals();
+    assert!(
+        arrivals <= most,
+        "the user with many is at the limit: {arrivals}"
+    );
     let last = wait_waiting(&mut raw, &many[999]);
     assert!(last.contains("user many has 1 running"), "{last}");
     // What waits can be revoked and does not outlive it.
@@ -287,15 +295,16 @@ fn a_rate_counts_starts_over_all_workers() {
     assert_eq!(raw.value(&other)["status"], "success");
 }
 
-#[test]
-fn a_stored_analysis_answers_while_head_stays_and_the_token_is_good() {
-    let (redis, postgres) = (services::redis(), services::postgres());
+on_brokers!(a_stored_analysis_answers_while_head_stays_and_the_token_is_good);
+fn a_stored_analysis_answers_while_head_stays_and_the_token_is_good(broker: &Broker) {
+    let postgres = services::postgres();
     let (mut repository, server) = (repository(), GitServer::start());
-    let worker = Worker::on(&redis.url)
+    let worker = broker
+        .worker()
         .database(&postgres)
         .env("RESULT_REUSE_TTL", "3600")
         .start();
-    let mut raw = raw_of(&worker);
+    let mut raw = broker.raw(&worker.queue);
     let token = unique("secret");
     let url = server.with_token(&repository, &token);
     let packs = || {
@@ -333,12 +342,11 @@ fn a_stored_analysis_answers_while_head_stays_and_the_token_is_good() {
     assert_eq!(row, ["3", "2"], "every task has its row");
 }
 
-#[test]
-fn tasks_for_the_same_repository_at_once_do_the_work_once() {
-    let redis = services::redis();
+on_brokers!(tasks_for_the_same_repository_at_once_do_the_work_once);
+fn tasks_for_the_same_repository_at_once_do_the_work_once(broker: &Broker) {
     let (repository, server) = (repository(), GitServer::start());
-    let worker = Worker::on(&redis.url).start();
-    let mut raw = raw_of(&worker);
+    let worker = broker.worker().start();
+    let mut raw = broker.raw(&worker.queue);
     let (url, gate) = server.gated(&repository);
     let sent: Vec<String> = (0..5)
         .map(|number| raw.send(TASK, json!([number, url])))
@@ -377,12 +385,11 @@ fn path_of(url: &str) -> &str {
     rest.find('/').map_or("", |at| &rest[at..])
 }
 
-#[test]
-fn a_task_whose_leader_fails_does_the_work_itself() {
-    let redis = services::redis();
+on_brokers!(a_task_whose_leader_fails_does_the_work_itself);
+fn a_task_whose_leader_fails_does_the_work_itself(broker: &Broker) {
     let (repository, server) = (repository(), GitServer::start());
-    let worker = Worker::on(&redis.url).start();
-    let mut raw = raw_of(&worker);
+    let worker = broker.worker().start();
+    let mut raw = broker.raw(&worker.queue);
     let (url, gate) = server.gated(&repository);
     let limited = raw.send_with(TASK, json!([1, url]), &json!({"timelimit": [2, null]}));
     gate.wait_arrivals(1);

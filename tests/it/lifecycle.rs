@@ -6,9 +6,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::support::{
-    Broker, GitServer, Raw, RedisServer, Repository, Worker, on_brokers, services, wait_for,
-};
+use crate::support::{Broker, GitServer, Repository, Worker, on_brokers, services, wait_for};
 
 fn repository() -> Repository {
     let mut repository = Repository::new();
@@ -84,22 +82,34 @@ fn warm_shutdown_hands_back_what_waits_and_keeps_what_runs(broker: &Broker) {
     );
 }
 
-#[test]
-fn a_running_task_survives_a_broker_that_restarts_during_warm_shutdown() {
-    let mut redis = RedisServer::durable();
+on_brokers!(
+    a_running_task_survives_a_broker_that_restarts_during_warm_shutdown,
+    own
+);
+fn a_running_task_survives_a_broker_that_restarts_during_warm_shutdown(broker: &mut Broker) {
     let repository = repository();
     let server = GitServer::start();
+    let postgres = services::postgres();
     let (url, gate) = server.gated(&repository);
-    let mut worker = Worker::on(&redis.url).concurrency(1).start();
-    let mut raw = Raw::new(&redis.url, &worker.queue);
+    let mut worker = broker.worker().concurrency(1).database(&postgres).start();
+    let mut raw = broker.raw(&worker.queue);
     let running = raw.send("analyze_repo_task", json!([1, url]));
     gate.wait_arrivals(1);
     worker.signal(Signal::SIGTERM);
     worker.wait_log("Warm shutdown");
-    redis.restart();
+    broker.restart();
     gate.open();
     raw.value(&running);
     assert!(worker.wait().success());
+    if !broker.is_redis() {
+        // RabbitMQ took the message back, and nobody was left to acknowledge it: the next worker
+        // finds that it is done.
+        let next = broker.worker().queue(&worker.queue).database(&postgres);
+        let _next = next.start();
+        raw.wait_drained();
+        let attempts = postgres.rows("SELECT attempts FROM analyses");
+        assert_eq!(attempts, [[Some("1".to_owned())]], "it ran again");
+    }
     assert_eq!(
         (raw.waiting(), raw.unacked()),
         (0, 0),
@@ -357,22 +367,27 @@ fn what_is_set_wrongly_is_named_with_its_value_and_a_correct_one() {
     assert!(String::from_utf8_lossy(&output.stderr).contains("--time-limit"));
 }
 
-#[test]
-fn a_broker_that_is_not_there_is_waited_for_unless_the_settings_say_no() {
+on_brokers!(
+    a_broker_that_is_not_there_is_waited_for_unless_the_settings_say_no,
+    own
+);
+fn a_broker_that_is_not_there_is_waited_for_unless_the_settings_say_no(broker: &mut Broker) {
+    broker.stop();
     let output = refuse(
         &[],
-        &[("CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP", "false")],
+        &[
+            ("QUEUE_BROKER_URL", &broker.url),
+            ("CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP", "false"),
+        ],
     );
     assert_eq!(output.status.code(), Some(1));
     let text = String::from_utf8_lossy(&output.stderr);
     assert!(text.contains("Unrecoverable error"), "{text}");
 
-    let mut redis = RedisServer::start();
-    redis.kill();
-    let worker = Worker::on(&redis.url).start_without_waiting();
-    worker.wait_log("Cannot connect to redis://");
-    redis.restart();
-    let mut raw = Raw::new(&redis.url, &worker.queue);
+    let worker = broker.worker().start_without_waiting();
+    worker.wait_log("Cannot connect to ");
+    broker.restart();
+    let mut raw = broker.raw(&worker.queue);
     let id = raw.send("test_task", json!(["at last"]));
     assert_eq!(raw.value(&id), "celeriac received: at last");
     worker.wait_log(&format!("{} ready.", worker.node));

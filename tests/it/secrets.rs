@@ -6,7 +6,9 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::{Value, json};
 
-use crate::support::{GitServer, Raw, RedisServer, Repository, Worker, project, services, unique};
+use crate::support::{
+    Broker, GitServer, RedisServer, Repository, Worker, on_brokers, project, services, unique,
+};
 
 const TASK: &str = "analyze_repo_task";
 pub(crate) const KEY: &str = "cw_0x689RpI-jtRR7oE8h_eQsKImvJapLeSbXpwF4e4=";
@@ -67,17 +69,19 @@ pub(crate) fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-#[test]
-fn an_encrypted_token_of_python_is_opened_and_a_wrong_or_old_one_is_a_clear_failure() {
-    let redis = services::redis();
+on_brokers!(an_encrypted_token_of_python_is_opened_and_a_wrong_or_old_one_is_a_clear_failure);
+fn an_encrypted_token_of_python_is_opened_and_a_wrong_or_old_one_is_a_clear_failure(
+    broker: &Broker,
+) {
     let (repository, server) = (repository(), GitServer::start());
     let token = unique("plain");
     let url = server.with_token(&repository, &token);
-    let worker = Worker::on(&redis.url)
+    let worker = broker
+        .worker()
         .env("TOKEN_ENCRYPTION_KEYS", &format!("{OTHER_KEY},{KEY}"))
         .env("TOKEN_TTL", "600")
         .start();
-    let mut raw = Raw::new(&redis.url, &worker.queue);
+    let mut raw = broker.raw(&worker.queue);
     let mut ask = |sealed: &str| {
         let id = raw.send(TASK, json!([7, url, sealed]));
         raw.wait(&id)
@@ -108,9 +112,9 @@ fn an_encrypted_token_of_python_is_opened_and_a_wrong_or_old_one_is_a_clear_fail
     assert!(!worker.log().contains(&token));
 }
 
-#[test]
-fn a_stored_token_is_used_for_its_user_and_host_only_and_survives_a_rotation() {
-    let (redis, postgres) = (services::redis(), services::postgres());
+on_brokers!(a_stored_token_is_used_for_its_user_and_host_only_and_survives_a_rotation);
+fn a_stored_token_is_used_for_its_user_and_host_only_and_survives_a_rotation(broker: &Broker) {
+    let postgres = services::postgres();
     let (repository, server) = (repository(), GitServer::start());
     let directory = tempfile::tempdir().unwrap();
     let token = unique("stored");
@@ -165,11 +169,12 @@ fn a_stored_token_is_used_for_its_user_and_host_only_and_survives_a_rotation() {
     assert!(!list.contains(&token) && !list.contains("ghp_"));
     assert_eq!(postgres.rows_with(&token), Vec::<String>::new());
 
-    let worker = Worker::on(&redis.url)
+    let worker = broker
+        .worker()
         .database(&postgres)
         .env("TOKEN_ENCRYPTION_KEYS", &format!("{OTHER_KEY},{KEY}"))
         .start();
-    let mut raw = Raw::new(&redis.url, &worker.queue);
+    let mut raw = broker.raw(&worker.queue);
     let mut ask = |user: Value, url: &str, token: Value| {
         let id = raw.send(TASK, json!([user, url, token]));
         raw.wait(&id)["status"].clone()
@@ -196,11 +201,12 @@ fn a_stored_token_is_used_for_its_user_and_host_only_and_survives_a_rotation() {
 
     let rotated = run(&format!("{OTHER_KEY},{KEY}"), &["rotate"], "");
     assert!(text(&rotated.stdout).contains("2 encrypted anew"));
-    let worker = Worker::on(&redis.url)
+    let worker = broker
+        .worker()
         .database(&postgres)
         .env("TOKEN_ENCRYPTION_KEYS", OTHER_KEY)
         .start();
-    let mut raw = Raw::new(&redis.url, &worker.queue);
+    let mut raw = broker.raw(&worker.queue);
     let id = raw.send(TASK, json!([7, url]));
     assert_eq!(raw.wait(&id)["status"], "SUCCESS");
     let removed = run(OTHER_KEY, &["rm", "7", "--host", &host], "");

@@ -154,7 +154,12 @@ on_brokers!(a_child_that_dies_is_a_failure_or_goes_back_as_the_settings_say);
 fn a_child_that_dies_is_a_failure_or_goes_back_as_the_settings_say(broker: &Broker) {
     let repository = repository();
     let server = GitServer::start();
-    for (reject, status) in [("false", "FAILURE"), ("true", "SUCCESS")] {
+    // The third death in a row is one too many.
+    for (reject, deaths, status) in [
+        ("false", 1, "FAILURE"),
+        ("true", 1, "SUCCESS"),
+        ("true", 3, "FAILURE"),
+    ] {
         let worker = broker
             .worker()
             .concurrency(1)
@@ -163,22 +168,26 @@ fn a_child_that_dies_is_a_failure_or_goes_back_as_the_settings_say(broker: &Brok
         let (url, gate) = server.gated(&repository);
         let mut raw = broker.raw(&worker.queue);
         let id = raw.send("analyze_repo_task", json!([1, url]));
-        gate.wait_arrivals(1);
-        let child = i32::try_from(busy_child(&worker)).unwrap();
-        nix::sys::signal::kill(
-            nix::unistd::Pid::from_raw(child),
-            nix::sys::signal::Signal::SIGKILL,
-        )
-        .unwrap();
-        if reject == "true" {
-            gate.wait_arrivals(2);
+        for death in 1..=deaths {
+            gate.wait_arrivals(death);
+            let child = i32::try_from(busy_child(&worker)).unwrap();
+            nix::sys::signal::kill(
+                nix::unistd::Pid::from_raw(child),
+                nix::sys::signal::Signal::SIGKILL,
+            )
+            .unwrap();
+        }
+        if status == "SUCCESS" {
+            gate.wait_arrivals(deaths + 1);
         }
         gate.open();
         let meta = raw.wait(&id);
         assert_eq!(meta["status"], status, "{meta}");
-        if reject == "false" {
+        if status == "FAILURE" {
             assert_eq!(meta["result"]["exc_type"], "WorkerLostError");
         }
+        raw.wait_drained();
+        assert_eq!(raw.quarantined(), usize::from(deaths == 3));
         let next = raw.send("analyze_repo_task", json!([1, url]));
         assert_eq!(raw.value(&next)["total_contributors"], 2);
         raw.wait_drained();

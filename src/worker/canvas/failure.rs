@@ -78,7 +78,8 @@ pub(in crate::worker) async fn fail_chain(
 ) {
     let (Verdict::Failure(exception)
     | Verdict::TimedOut(exception)
-    | Verdict::WorkerLost(exception)) = verdict
+    | Verdict::WorkerLost(exception)
+    | Verdict::GivenUp(exception)) = verdict
     else {
         return;
     };

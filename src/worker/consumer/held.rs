@@ -6,6 +6,7 @@
 use std::collections::HashSet;
 use std::sync::{Arc, Weak};
 
+use super::super::analyze;
 use super::super::effects::Cancel;
 use super::super::request::{Phase, Request};
 use super::{Consumer, SIGKILL, SIGTERM, SLOWEST, connect};
@@ -48,6 +49,11 @@ impl Consumer {
         self.worker.link.disconnect();
         if self.transport.driver() == "amqp" {
             self.worker.state.doubts.lost();
+            for request in self.worker.state.in_phase(Phase::Active) {
+                if request.disown() {
+                    analyze::count_death(&self.worker, &request, -1);
+                }
+            }
         }
         self.worker.events.disconnect();
         log::warn!(
@@ -66,7 +72,8 @@ impl Consumer {
                 continue;
             }
             log::warn!(
-                "Task {} cannot be acknowledged after a connection loss since late                  acknowledgement is enabled for it.\nTerminating it instead.",
+                "Task {} cannot be acknowledged after a connection loss since late \
+                 acknowledgement is enabled for it.\nTerminating it instead.",
                 request.label()
             );
             request.cancel(Cancel::ConnectionLoss);
@@ -178,7 +185,7 @@ impl Consumer {
             channel.restore(&keep).await?;
             held.iter()
                 .filter(ended)
-                .for_each(|request| request.disown());
+                .for_each(|request| _ = request.disown());
         }
         for request in held {
             let Some(tag) = request.tag() else { continue };
@@ -186,7 +193,7 @@ impl Consumer {
                 continue;
             }
             match request.phase() {
-                Phase::Active if self.transport.driver() == "amqp" => request.disown(),
+                Phase::Active if self.transport.driver() == "amqp" => _ = request.disown(),
                 _ => self.lose(&request),
             }
         }
@@ -207,7 +214,9 @@ impl Consumer {
     /// Somebody else holds the message of this request.
     fn lose(&self, request: &Arc<Request>) {
         if !self.worker.state.withdraw(request) {
-            request.fence();
+            if request.fence() {
+                analyze::count_death(&self.worker, request, -1);
+            }
             // The work has become useless; the slot is better used otherwise.
             self.worker.pool.terminate(request.id(), SIGKILL);
         }

@@ -9,7 +9,13 @@
 //! `on_brokers!(a_task_is_done, own)` the servers are the test's own, to be restarted. What differs
 //! between brokers is asked of [`Broker`]; a test that is about one of them does not belong here.
 
+use std::sync::Arc;
+
 use base64::Engine;
+use celeriac::transport::amqp::AmqpTransport;
+use celeriac::transport::redis::RedisTransport;
+use celeriac::transport::url::BrokerUrl;
+use celeriac::transport::{self, Transport};
 use redis::Commands;
 use serde_json::{Value, json};
 
@@ -127,6 +133,18 @@ impl Broker {
         Worker::on(&self.url).backend(&self.results)
     }
 
+    /// The product's own way to it.
+    pub fn transport(&self) -> Arc<dyn Transport> {
+        let urls = BrokerUrl::parse_list(&self.url).expect("the URL of a broker");
+        if self.is_redis() {
+            let transport = RedisTransport::new(&urls, transport::redis::Options::default());
+            Arc::new(transport.expect("a transport"))
+        } else {
+            let transport = AmqpTransport::new(&urls, transport::amqp::Options::default());
+            Arc::new(transport.expect("a transport"))
+        }
+    }
+
     /// Messages to one queue and results, past the client.
     pub fn raw(&self, queue: &str) -> Raw {
         match self.rabbit() {
@@ -167,6 +185,15 @@ impl Broker {
         }
     }
 
+    /// Stops the server, until it is restarted.
+    pub fn stop(&mut self) {
+        match &mut self.server {
+            Server::OwnRedis(server) => server.kill(),
+            Server::OwnRabbit(server) => server.stop(),
+            Server::Redis(_) | Server::Vhost(_) => panic!("the server is shared with other tests"),
+        }
+    }
+
     /// Stops the server and starts it again; what it wrote down is still there.
     pub fn restart(&mut self) {
         match &mut self.server {
@@ -196,7 +223,7 @@ impl Broker {
     }
 
     /// The management interface and the virtual host, in the form paths have it.
-    fn rabbit(&self) -> Option<(RabbitApi, String)> {
+    pub fn rabbit(&self) -> Option<(RabbitApi, String)> {
         match &self.server {
             Server::Redis(_) | Server::OwnRedis(_) => None,
             Server::Vhost(vhost) => Some((services::rabbitmq_api(), vhost.clone())),

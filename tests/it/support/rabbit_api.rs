@@ -100,10 +100,11 @@ impl RabbitApi {
         }
     }
 
-    /// The messages that wait, the next one first; they go back to their places.
+    /// The messages that wait, the next one first, their bodies in base64; they go back to their
+    /// places.
     #[track_caller]
     pub fn messages(&mut self, vhost: &str, queue: &str) -> Vec<Value> {
-        let wanted = json!({"count": 10_000, "ackmode": "ack_requeue_true", "encoding": "auto"});
+        let wanted = json!({"count": 10_000, "ackmode": "ack_requeue_true", "encoding": "base64"});
         let list = self.request("POST", &format!("queues/{vhost}/{queue}/get"), &wanted);
         list.as_array().expect("a list of messages").clone()
     }

@@ -159,16 +159,16 @@ impl RabbitServer {
         RabbitApi::at(&format!("http://guest:guest@127.0.0.1:{}", self.api_port))
     }
 
-    /// Ends every connection, as an operator would.
-    pub fn close_connections(&self) {
-        self.api().close_connections("%2F");
-    }
-
     /// Stops the broker and starts it again; what is persistent is still there.
     pub fn restart(&self) {
-        self.ctl(&["stop_app"]);
+        self.stop();
         self.ctl(&["start_app"]);
         self.wait();
+    }
+
+    /// Stops the broker; nothing answers at its port.
+    pub fn stop(&self) {
+        self.ctl(&["stop_app"]);
     }
 
     /// Messages of a queue that wait, and that are delivered and not settled.

@@ -132,6 +132,7 @@ impl Raw {
         let text = |part: &Value| part.as_str().map(str::to_owned);
         let properties = &message["properties"];
         let mode = properties["delivery_mode"].as_u64();
+        let priority = properties["priority"].as_u64();
         let body = message["body"].as_str().unwrap_or_default();
         let decoded = base64::engine::general_purpose::STANDARD.decode(body);
         self.publish(Envelope {
@@ -143,7 +144,7 @@ impl Raw {
                 correlation_id: text(&properties["correlation_id"]),
                 reply_to: text(&properties["reply_to"]),
                 delivery_mode: mode.and_then(|mode| u8::try_from(mode).ok()),
-                priority: None,
+                priority: priority.and_then(|priority| u8::try_from(priority).ok()),
                 expiration: None,
             },
         });
@@ -251,10 +252,11 @@ impl Raw {
         if let Some(rabbit) = &mut self.rabbit {
             let messages = rabbit.api.messages(&rabbit.vhost, &queue);
             let envelope = |message: &Value| {
-                json!({
-                    "headers": message["properties"]["headers"],
-                    "properties": {"delivery_info": {"redelivered": message["redelivered"]}},
-                })
+                let mut properties = message["properties"].clone();
+                let mut headers = properties["headers"].take();
+                nulls(&mut headers);
+                properties["delivery_info"] = json!({"redelivered": message["redelivered"]});
+                json!({"headers": headers, "properties": properties, "body": message["payload"]})
             };
             return messages.iter().map(envelope).collect();
         }
@@ -337,6 +339,16 @@ impl Raw {
             }
             std::thread::sleep(Duration::from_millis(10));
         }
+    }
+}
+
+/// The management interface has a word of Erlang's for what is null.
+fn nulls(value: &mut Value) {
+    match value {
+        Value::String(word) if word == "undefined" => *value = Value::Null,
+        Value::Array(items) => items.iter_mut().for_each(nulls),
+        Value::Object(map) => map.values_mut().for_each(nulls),
+        _ => {}
     }
 }
 
