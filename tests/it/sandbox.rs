@@ -233,6 +233,58 @@ fn holds(pid: u32, text: &str) -> usize {
 }
 
 #[test]
+fn a_token_is_gone_from_the_childs_memory_when_its_task_has_ended() {
+    let redis = services::redis();
+    let mut repository = Repository::new();
+    repository.commit("Ada <ada@example.com>", &[("a.txt", "one\n")]);
+    let (mark, server) = (unique("secret"), GitServer::start());
+    let (url, gate) = server.gated(&repository);
+    let worker = Worker::on(&redis.url).concurrency(1).start();
+    let mut raw = Raw::new(&redis.url, &worker.queue);
+    // Many times, for the first bytes of what is let go are used again at once.
+    let id = raw.send("analyze_repo_task", json!([1, url, mark.repeat(20)]));
+    gate.wait_arrivals(1);
+    let children = worker.descendants();
+    let held = || children.iter().map(|pid| holds(*pid, &mark)).sum::<usize>();
+    assert!(held() > 0);
+    gate.open();
+    assert_eq!(raw.value(&id)["total_contributors"], 1);
+    assert_eq!(worker.descendants(), children);
+    assert_eq!(held(), 0);
+}
+
+#[test]
+fn a_worker_without_capabilities_on_a_read_only_root_analyses_in_its_sandbox() {
+    let redis = services::redis();
+    let mut repository = Repository::new();
+    repository.commit("Ada <ada@example.com>", &[("a.txt", "one\n")]);
+    let server = GitServer::start();
+    // What docker-compose.yml demands of a container, made by hand.
+    let contained = "set -e\nmount --make-rprivate /\nmount --bind \"$HOME\" \"$HOME\"\n\
+        mkdir \"$HOME/bin\"\ncp \"$1\" \"$HOME/bin/celeriac\"\nchown -R 65534:65534 \"$HOME\"\nshift\n\
+        mount -o remount,ro,bind /\n! touch /tmp/x 2>/dev/null\ncd \"$HOME\"\n\
+        exec setpriv --reuid=65534 --regid=65534 --clear-groups --bounding-set=-all \
+        --inh-caps=-all --no-new-privs bin/celeriac \"$@\"";
+    let worker = Worker::on(&redis.url)
+        .under(&["unshare", "--mount", "bash", "-c", contained, "bash"])
+        .start();
+    let status = std::fs::read_to_string(format!("/proc/{}/status", worker.pid())).unwrap();
+    assert!(status.contains("CapBnd:\t0000000000000000"), "{status}");
+    let mut raw = Raw::new(&redis.url, &worker.queue);
+    let id = raw.send("analyze_repo_task", json!([1, server.open(&repository)]));
+    assert_eq!(raw.value(&id)["total_contributors"], 1);
+    for pid in worker.descendants() {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        assert!(status.contains("Seccomp:\t2"), "{status}");
+    }
+    assert!(
+        !worker.log().contains("sandbox is incomplete"),
+        "{}",
+        worker.log()
+    );
+}
+
+#[test]
 fn a_worker_and_a_child_that_are_aborted_amid_a_clone_leave_no_core_dump() {
     use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
     use nix::sys::signal::{Signal, kill};
