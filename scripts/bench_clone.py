@@ -4,69 +4,16 @@ Both fetch over HTTP on loopback from `git http-backend`. What celeriac is measu
 analysis of no file at all: the clone, the opening of it and the reading of all commits. The server's
 CPU is the same for both and not counted. Each is run a few times in turn, the least wall time counts.
 """
-import http.server
 import os
-import resource
-import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+
+from git_http import environment, serve
 
 repository, celeriac = sys.argv[1], os.path.abspath(os.environ["BENCH_CELERIAC"])
 rounds = int(os.environ.get("BENCH_ROUNDS", "3"))
-environment = {**os.environ, "GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": os.devnull}
-
-
-class Backend(http.server.BaseHTTPRequestHandler):
-    """One request, one `git http-backend`."""
-    protocol_version = "HTTP/1.1"
-
-    def chunks(self):
-        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
-            yield self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            return
-        while size := int(self.rfile.readline().split(b";")[0], 16):
-            yield self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
-
-    def answer(self):
-        path, _, query = self.path.partition("?")
-        body = b"".join(self.chunks())
-        variables = {**environment, "GIT_PROJECT_ROOT": repository, "GIT_HTTP_EXPORT_ALL": "1",
-                     "PATH_INFO": path.removeprefix("/repo.git"), "QUERY_STRING": query,
-                     "REQUEST_METHOD": self.command, "REMOTE_ADDR": "127.0.0.1",
-                     "CONTENT_TYPE": self.headers.get("Content-Type", ""),
-                     "CONTENT_LENGTH": str(len(body)),
-                     "HTTP_CONTENT_ENCODING": self.headers.get("Content-Encoding", ""),
-                     "GIT_PROTOCOL": self.headers.get("Git-Protocol", ""),
-                     "GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "safe.directory",
-                     "GIT_CONFIG_VALUE_0": "*"}
-        child = subprocess.Popen(["git", "http-backend"], env=variables, stdin=subprocess.PIPE,
-                                 stdout=subprocess.PIPE)
-        child.stdin.write(body)
-        child.stdin.close()
-        status, headers = 200, []
-        while line := child.stdout.readline().strip():
-            name, _, value = line.decode().partition(": ")
-            if name.lower() == "status":
-                status = int(value.split()[0])
-            else:
-                headers.append((name, value))
-        self.send_response(status)
-        for name, value in [*headers, ("Connection", "close")]:
-            self.send_header(name, value)
-        self.end_headers()
-        shutil.copyfileobj(child.stdout, self.wfile, 1 << 16)
-        child.wait()
-        self.close_connection = True
-
-    do_GET = do_POST = answer
-
-    def log_message(self, *_):
-        pass
 
 
 def run(command, settings):
@@ -82,9 +29,7 @@ def run(command, settings):
     return time.perf_counter() - begin, used.ru_utime + used.ru_stime, used.ru_maxrss
 
 
-server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Backend)
-threading.Thread(target=server.serve_forever, daemon=True).start()
-url = f"http://127.0.0.1:{server.server_port}/repo.git"
+url = serve(repository)
 theirs, ours = [], []
 for _ in range(rounds):
     with tempfile.TemporaryDirectory(prefix="bench-clone-") as folder:

@@ -20,18 +20,19 @@
 //! dropped for good, because it logs arguments and results. Knows no settings file: the caller
 //! turns settings into [`Options`].
 
+use std::any::Any;
+use std::backtrace::BacktraceStatus;
 use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
-use std::sync::{LazyLock, PoisonError, RwLock};
+use std::sync::LazyLock;
 
 use chrono::{DateTime, Local};
 use env_logger::fmt::Target;
 use log::kv::{self, VisitSource};
 use log::{LevelFilter, Log, Metadata, Record};
 use regex::Regex;
-use secrecy::zeroize::Zeroizing;
 use serde_json::{Map, Value};
 
 /// The target of records that Celery would call CRITICAL.
@@ -137,6 +138,30 @@ pub fn start(options: &Options) -> Result<(), Error> {
     log::set_boxed_logger(Box::new(logger)).map_err(|_| Error::Started)?;
     log::set_max_level(most);
     Ok(())
+}
+
+/// From now on a panic is a line of the log. Text that was made of values is left out, for they
+/// may be a token: whoever catches the panic knows what to mask.
+pub fn tell_panics() {
+    std::panic::set_hook(Box::new(|panic| {
+        let place = panic
+            .location()
+            .map(ToString::to_string)
+            .unwrap_or_default();
+        let trace = std::backtrace::Backtrace::capture();
+        let trace = match trace.status() {
+            BacktraceStatus::Captured => format!("\n{trace}"),
+            _ => String::new(),
+        };
+        let text = constant(panic.payload());
+        log::error!(target: CRITICAL, "Panic at {place}: {text}{trace}");
+    }));
+}
+
+/// The text of a panic if it stands in the program just so.
+fn constant(payload: &(dyn Any + Send)) -> &'static str {
+    let text = payload.downcast_ref::<&'static str>();
+    text.copied().unwrap_or("its text is not shown here")
 }
 
 struct Logger {
@@ -313,38 +338,9 @@ impl<'kvs> VisitSource<'kvs> for Fields {
 
 // ---- secrets ----------------------------------------------------------------------------------
 
-/// Secrets in use right now, hidden wherever they appear.
-static HIDDEN: RwLock<Vec<Zeroizing<String>>> = RwLock::new(Vec::new());
-
-/// Shorter texts are no secrets, and replacing them would eat the log.
-const SHORTEST_SECRET: usize = 6;
-
-/// Hides a secret from all logs until what comes back is dropped. The same secret may be hidden
-/// several times, by tasks that run side by side.
-pub fn hide(secret: &str) -> Hidden {
-    let secret = Zeroizing::new(secret.to_owned());
-    if secret.len() >= SHORTEST_SECRET {
-        let mut hidden = HIDDEN.write().unwrap_or_else(PoisonError::into_inner);
-        hidden.push(secret.clone());
-    }
-    Hidden(secret)
-}
-
-/// Keeps a secret out of the logs while it lives. See [`hide`].
-#[must_use = "the secret is hidden only as long as this lives"]
-pub struct Hidden(Zeroizing<String>);
-
-impl Drop for Hidden {
-    fn drop(&mut self) {
-        let mut hidden = HIDDEN.write().unwrap_or_else(PoisonError::into_inner);
-        if let Some(position) = hidden.iter().position(|secret| *secret == self.0) {
-            hidden.swap_remove(position);
-        }
-    }
-}
-
-/// Masks passwords in URLs, tokens of the well-known forms, authorization headers and hidden
-/// secrets.
+/// Masks passwords in URLs, tokens of the well-known forms and authorization headers. What only
+/// its task knows to be secret is masked there, not here: whoever chose such a text could blot
+/// out everybody's lines with it.
 pub fn mask(text: &str) -> Cow<'_, str> {
     static URL: LazyLock<Regex> = LazyLock::new(|| {
         Regex::new(r"([A-Za-z][A-Za-z0-9+.-]*://[^\s/:@?#]*):[^\s/?#]*@")
@@ -371,11 +367,6 @@ pub fn mask(text: &str) -> Cow<'_, str> {
     for (pattern, replacement) in patterns {
         if let Cow::Owned(masked) = pattern.replace_all(&text, replacement) {
             text = Cow::Owned(masked);
-        }
-    }
-    for secret in HIDDEN.read().unwrap_or_else(PoisonError::into_inner).iter() {
-        if text.contains(secret.as_str()) {
-            text = Cow::Owned(text.replace(secret.as_str(), "**"));
         }
     }
     text
@@ -497,12 +488,20 @@ mod tests {
         ] {
             assert_eq!(mask(text), expected, "{text}");
         }
-        assert_eq!(mask("my odd-secret-1!"), "my odd-secret-1!");
-        let hidden = (hide("odd-secret-1!"), hide("odd-secret-1!"));
-        drop(hidden.0);
-        assert_eq!(mask("my odd-secret-1!"), "my **");
-        drop(hidden.1);
-        assert_eq!(mask("my odd-secret-1!"), "my odd-secret-1!");
+    }
+
+    #[test]
+    fn a_panics_text_is_shown_only_if_it_was_not_made_of_values() {
+        let caught = |what: fn(&str)| {
+            let token = "zqé0123456789";
+            let panic = std::panic::catch_unwind(|| what(token)).expect_err("because it panics");
+            constant(&*panic)
+        };
+        assert_eq!(caught(|_| panic!("just so")), "just so");
+        assert_eq!(
+            caught(|token| drop(token[..3].to_owned())),
+            "its text is not shown here"
+        );
     }
 
     #[test]

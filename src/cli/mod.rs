@@ -79,10 +79,23 @@ pub fn run() -> i32 {
     match outcome {
         Ok(code) => code,
         Err(error) => {
-            output::print_error(&format!("Error: {error:#}\n"));
+            output::print_error(&format!("Error: {}\n", told(&error)));
             1
         }
     }
+}
+
+/// An error and its causes, without those that its text tells already.
+fn told(error: &anyhow::Error) -> String {
+    let mut told = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if told.is_empty() {
+            told = cause;
+        } else if !told.contains(&cause) {
+            told = format!("{told}: {cause}");
+        }
+    }
+    told
 }
 
 /// What the global options say as settings.

@@ -12,6 +12,7 @@ use secrecy::{ExposeSecret, SecretString};
 
 use super::args::{Global, TokenCommand};
 use super::{connect, global_overrides, output, worker};
+use crate::analysis::{self, Policy};
 
 /// No token of a git host is longer.
 const LONGEST: usize = 4096;
@@ -83,7 +84,15 @@ fn check(user: &str, host: &str) -> anyhow::Result<()> {
         bail!("the user is empty; it is the user_id that tasks come with");
     }
     let is_name = |letter: char| letter.is_ascii_alphanumeric() || "-._:[]".contains(letter);
-    if host.is_empty() || !host.chars().all(is_name) {
+    // Nobody could ask for one elsewhere.
+    let anywhere = Policy {
+        allow_local: true,
+        allow_http: true,
+        ..Policy::default()
+    };
+    let is_found = || analysis::token_host(&format!("https://{host}/o/r"), &anywhere).is_some();
+    let spelled = !host.ends_with(':') && host.chars().all(is_name);
+    if host.is_empty() || !spelled || !is_found() {
         bail!(
             "{host:?} is no host; give its name alone, and the port unless it is 443: \
              git.example.com or git.example.com:8443"

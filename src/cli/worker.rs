@@ -58,6 +58,7 @@ pub(super) fn run(global: &Global, options: &Worker) -> anyhow::Result<i32> {
         },
         ..logging::Options::default()
     })?;
+    logging::tell_panics();
     // A core dump of the worker would hold every token it works with.
     if let Err(error) = nix::sys::prctl::set_dumpable(false) {
         log::warn!("Core dumps of this worker cannot be switched off: {error}");

@@ -41,6 +41,15 @@ pub fn repr_str(text: &str) -> String {
     out
 }
 
+/// What a stranger chose, for a sentence in a log: on one line and not endless.
+pub fn one_line(text: &str) -> String {
+    const MOST: usize = 200;
+    let shown = text.chars().take(MOST);
+    shown
+        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
+        .collect()
+}
+
 /// Python's `repr` of a tuple.
 pub fn repr_tuple(items: &[Value]) -> String {
     let mut out = String::from("(");

@@ -309,7 +309,13 @@ fn unrecoverable(
             Ok(1)
         }
         Err(panic) => {
-            log::error!("Unrecoverable error: the consumer ended: {panic}");
+            // The text of a panic may quote a message.
+            let why = if panic.is_panic() {
+                "it panicked"
+            } else {
+                "it was given up"
+            };
+            log::error!("Unrecoverable error: the consumer ended: {why}");
             Ok(1)
         }
     }

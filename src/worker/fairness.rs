@@ -173,21 +173,27 @@ struct Aside {
 }
 
 /// Somebody who holds a message but neither a slot nor a place in the prefetch count.
-pub(super) struct Parked(Arc<Worker>);
+pub(super) struct Parked {
+    worker: Arc<Worker>,
+    request: Arc<Request>,
+}
 
 impl Parked {
-    pub(super) fn new(worker: &Arc<Worker>) -> Self {
-        worker.state.park(1);
+    pub(super) fn new(worker: &Arc<Worker>, request: &Arc<Request>) -> Self {
+        worker.state.park(request);
         // The consumer is gone only when the worker is going down.
         drop(worker.commands.send(Command::Resized));
-        Self(worker.clone())
+        Self {
+            worker: worker.clone(),
+            request: request.clone(),
+        }
     }
 }
 
 impl Drop for Parked {
     fn drop(&mut self) {
-        self.0.state.park(-1);
-        drop(self.0.commands.send(Command::Resized));
+        self.worker.state.unpark(&self.request);
+        drop(self.worker.commands.send(Command::Resized));
     }
 }
 
@@ -279,7 +285,7 @@ async fn start_next(
         if let Some(name) = &user
             && worker.permits.limited()
         {
-            match worker.permits.ask(worker, name, request.id()).await {
+            match worker.permits.ask(worker, name, &request).await {
                 Asked::Granted(granted) => permit = Some(granted),
                 Asked::Refused(refusal) => {
                     let after = refusal.after.unwrap_or(LOOK_AGAIN);
@@ -346,7 +352,7 @@ fn set_aside(worker: &Arc<Worker>, entry: &mut Entry, refusal: &Refusal) {
     let when = format_iso(&at.fixed_offset());
     let text = request.mask(&format!("{}; not before {when}", refusal.reason));
     log::info!("Task {} waits: {text}", request.label());
-    let parked = Parked::new(worker);
+    let parked = Parked::new(worker, &request);
     let worker = worker.clone();
     let told = tokio::spawn(async move {
         let waits = Exception::retry(&format!("later: {text}"), None);

@@ -2,8 +2,8 @@
 //! whether an analysis of a repository may, of which one runs at a time.
 //!
 //! Counted by the broker where it can count ([`crate::transport::permit`]), else in this worker
-//! alone, which is said once for users. A granted [`Permit`] is held by the journey and given back when it
-//! ends, however it ends.
+//! alone, which is said once for users. A granted [`Permit`] is held by the journey and given back
+//! when it ends, however it ends.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,7 +15,9 @@ use tokio::time::Instant;
 
 use super::Worker;
 use super::rate_limit::parse_count;
+use super::request::Request;
 use crate::config::Settings;
+use crate::protocol::saferepr::one_line;
 use crate::transport::permit::{Allowance, Answer, Ask, RENEWAL, Scope};
 
 /// A broker that does not answer within this time is asked again later.
@@ -124,8 +126,8 @@ impl Permits {
     }
 
     /// Asks for a permit for one task of a user.
-    pub async fn ask(&self, worker: &Arc<Worker>, user: &str, task: &str) -> Asked {
-        let holder = holder(worker, task);
+    pub async fn ask(&self, worker: &Arc<Worker>, user: &str, request: &Request) -> Asked {
+        let (holder, task) = (holder(worker, request), request.id());
         let scope = Scope::User(user.to_owned());
         if !self.unable.load(Ordering::Relaxed) {
             let Some(channel) = worker.link.channel() else {
@@ -184,16 +186,16 @@ impl Permits {
     }
 
     /// Asks to be the one that analyses a repository.
-    pub async fn lease(&self, worker: &Arc<Worker>, repository: &str, task: &str) -> Leased {
+    pub async fn lease(&self, worker: &Arc<Worker>, repository: &str, request: &Request) -> Leased {
         let Some(channel) = worker.link.channel() else {
             return Leased::Unknown;
         };
-        let holder = holder(worker, task);
+        let holder = holder(worker, request);
         let scope = Scope::Repository(repository.to_owned());
         let ask = Ask {
             scope: &scope,
             holder: &holder,
-            task,
+            task: request.id(),
             allowance: Allowance {
                 running: 1,
                 ..Allowance::default()
@@ -258,6 +260,7 @@ impl Permits {
     }
 
     fn too_many(&self, user: &str, running: u64) -> Refusal {
+        let user = one_line(user);
         Refusal {
             reason: format!(
                 "user {user} has {running} running (USER_MAX_RUNNING={}); this one starts when \
@@ -269,6 +272,7 @@ impl Permits {
     }
 
     fn too_soon(&self, user: &str, after: Duration) -> Refusal {
+        let user = one_line(user);
         Refusal {
             reason: format!(
                 "user {user} has started as many as USER_RATE_LIMIT={} allows",
@@ -308,9 +312,10 @@ impl Drop for Permit {
     }
 }
 
-/// Names a permit: a task that two workers were given is two tasks here.
-fn holder(worker: &Worker, task: &str) -> String {
-    format!("{}:{task}", worker.oid)
+/// Names a permit: two messages of one task are two tasks here, as a retry is that starts while
+/// the run before it still ends, or what two workers were given.
+fn holder(worker: &Worker, request: &Request) -> String {
+    format!("{}:{}:{}", worker.oid, request.serial, request.id())
 }
 
 /// Says every second what this worker holds, until the worker is gone.

@@ -406,6 +406,11 @@ impl Request {
 impl Drop for Request {
     /// The token does not outlive its task in this process's memory.
     fn drop(&mut self) {
+        if !self.secrets.is_empty() {
+            // Clients write arguments down here, too.
+            self.message.argsrepr.zeroize();
+            self.message.kwargsrepr.zeroize();
+        }
         for secret in &mut self.secrets {
             for argument in &mut self.message.args {
                 erase(argument, secret);

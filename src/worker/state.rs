@@ -3,7 +3,7 @@
 //! Read by remote control, heartbeats and shutdown; written by the consumer and the journeys.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -21,7 +21,7 @@ pub struct State {
     totals: Mutex<BTreeMap<String, u64>>,
     processed: AtomicU64,
     active: AtomicU64,
-    parked: AtomicI64,
+    parked: AtomicU64,
     beside: AtomicU64,
     prefetch: AtomicU32,
     closed: AtomicBool,
@@ -52,7 +52,7 @@ impl Default for State {
             totals: Mutex::default(),
             processed: AtomicU64::new(0),
             active: AtomicU64::new(0),
-            parked: AtomicI64::new(0),
+            parked: AtomicU64::new(0),
             beside: AtomicU64::new(0),
             prefetch: AtomicU32::new(0),
             closed: AtomicBool::new(false),
@@ -191,15 +191,26 @@ impl State {
         self.active.load(Ordering::Relaxed)
     }
 
-    /// So many requests more (or less) wait for something that is not this worker's: they take
-    /// no part of the prefetch count.
-    pub fn park(&self, more: i64) {
-        self.parked.fetch_add(more, Ordering::Relaxed);
+    /// The request waits for something that is not this worker's, and takes no place among the
+    /// messages fetched ahead meanwhile. One that had stepped aside counts once all the same.
+    pub fn park(&self, request: &Request) {
+        self.parked.fetch_add(1, Ordering::Relaxed);
+        if request.beside() {
+            self.beside.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
+    /// The end of [`State::park`].
+    pub fn unpark(&self, request: &Request) {
+        self.parked.fetch_sub(1, Ordering::Relaxed);
+        if request.beside() {
+            self.beside.fetch_add(1, Ordering::Relaxed);
+        }
     }
 
     /// Requests that wait so.
     pub fn parked(&self) -> u64 {
-        self.parked.load(Ordering::Relaxed).unsigned_abs()
+        self.parked.load(Ordering::Relaxed)
     }
 
     /// The worker is down.

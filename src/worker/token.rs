@@ -9,6 +9,7 @@ use super::Worker;
 use super::request::Request;
 use crate::database::{Error, cipher};
 use crate::protocol::exception::Exception;
+use crate::protocol::saferepr::one_line;
 use crate::tasks::analyze_repo::Call;
 use crate::tasks::registry::seconds;
 
@@ -61,7 +62,9 @@ async fn stored(worker: &Worker, call: &Call) -> Result<Option<SecretString>, Un
         database.get_token(&worker.token_keys, user, &host).await
     };
     found.await.map_err(|error: Error| {
-        let text = format!("the token stored for user {user} and {host}: {error}");
+        let text = one_line(&format!(
+            "the token stored for user {user} and {host}: {error}"
+        ));
         if error.is_transient() {
             Unusable::Later(Exception::operational(text))
         } else {

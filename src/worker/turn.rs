@@ -81,7 +81,7 @@ enum Joined {
 /// Becomes the first in this worker, or has the report of the one who was.
 async fn join(
     worker: &Arc<Worker>,
-    request: &Request,
+    request: &Arc<Request>,
     repository: &str,
     slot: &mut Option<Slot>,
 ) -> Result<Joined, Verdict> {
@@ -92,7 +92,7 @@ async fn join(
         };
         // Others may use the slot meanwhile.
         drop(slot.take());
-        let _parked = Parked::new(worker);
+        let _parked = Parked::new(worker, request);
         log::info!(
             "Task {} waits for the analysis of the same repository that is under way",
             request.label()
@@ -118,7 +118,7 @@ fn reach(worker: &Worker) -> String {
 /// Becomes the first of all workers where that can be of use, then looks into the database.
 async fn look(
     worker: &Arc<Worker>,
-    request: &Request,
+    request: &Arc<Request>,
     call: &Call,
     slot: &mut Option<Slot>,
 ) -> Result<(Option<Known>, Option<Permit>), Verdict> {
@@ -129,14 +129,14 @@ async fn look(
     let mut waits = None;
     let lease = loop {
         let Some(name) = &name else { break None };
-        match worker.permits.lease(worker, name, request.id()).await {
+        match worker.permits.lease(worker, name, request).await {
             Leased::Granted(permit) => break Some(permit),
             Leased::Unknown => break None,
             Leased::Taken => {}
         }
         if waits.is_none() {
             drop(slot.take());
-            waits = Some((Utc::now(), Parked::new(worker)));
+            waits = Some((Utc::now(), Parked::new(worker, request)));
             log::info!(
                 "Task {} waits for the analysis of the same repository that is under way in \
                  another worker",

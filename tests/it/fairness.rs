@@ -6,6 +6,7 @@ use redis::Commands;
 use serde_json::{Value, json};
 
 use crate::support::git_server::Gate;
+use crate::support::raw::envelope;
 use crate::support::{
     Broker, GitServer, Raw, Repository, Worker, on_brokers, services, unique, wait_for,
 };
@@ -127,8 +128,10 @@ fn a_users_limit_holds_over_two_workers_and_a_killed_one_gives_back() {
         });
         assert!(alive <= 2, "{alive} permits");
     }
-    raw.wait_drained();
-    assert_eq!(running(&mut raw, &user), 0);
+    // Given back after the message.
+    wait_for("no permit to be left", Duration::from_secs(3), || {
+        (running(&mut raw, &user) == 0).then_some(())
+    });
 }
 
 /// When a user's last permit ends unless it is renewed, in milliseconds from now, by the
@@ -226,6 +229,33 @@ fn two_users_limits_hold_through_kills_and_no_permit_of_the_dead_outlives_its_le
         }
         raw.wait_drained();
     }
+}
+
+#[test]
+fn two_messages_of_one_id_are_two_tasks_of_their_user_who_is_shown_on_one_line() {
+    let redis = services::redis();
+    let (repository, server) = (repository(), GitServer::start());
+    let worker = Worker::on(&redis.url).env("USER_MAX_RUNNING", "1").start();
+    let mut raw = raw_of(&worker);
+    let user = format!("{}\n[ERROR] forged", unique("u"));
+    let (first, held) = server.gated(&repository);
+    let id = raw.send(TASK, json!([user, first]));
+    held.wait_arrivals(1);
+    // Its turn comes when the first has ended, or it would be cloned.
+    let (second, gate) = server.gated(&repository);
+    raw.push_envelope(&envelope(
+        &worker.queue,
+        TASK,
+        &id,
+        &json!([user, second]),
+        &json!({}),
+    ));
+    worker.wait_log("waits: user");
+    let shown = user.replace('\n', "\u{fffd}");
+    assert!(worker.log().contains(&shown) && !worker.log().contains("\n[ERROR]"));
+    held.open();
+    raw.wait_drained();
+    assert_eq!(gate.arrivals(), 0, "the first one's answer is stored");
 }
 
 on_brokers!(one_users_thousand_tasks_do_not_keep_another_users_first_waiting);
@@ -347,6 +377,7 @@ fn tasks_for_the_same_repository_at_once_do_the_work_once(broker: &Broker) {
     let (repository, server) = (repository(), GitServer::start());
     let worker = broker.worker().start();
     let mut raw = broker.raw(&worker.queue);
+    let idle = prefetch(&worker);
     let (url, gate) = server.gated(&repository);
     let sent: Vec<String> = (0..5)
         .map(|number| raw.send(TASK, json!([number, url])))
@@ -356,6 +387,10 @@ fn tasks_for_the_same_repository_at_once_do_the_work_once(broker: &Broker) {
         let log = worker.log();
         let waiting = log.matches("waits for the analysis of the same repository");
         (waiting.count() == 4).then_some(())
+    });
+    // One message more is fetched for each that waits or runs, and not two.
+    wait_for("the prefetch count", Duration::from_secs(20), || {
+        (prefetch(&worker) == idle + 5).then_some(())
     });
     // They hold no slot: something else runs beside them.
     let other = raw.send(TASK, json!([9, server.open(&repository)]));
@@ -378,6 +413,15 @@ fn tasks_for_the_same_repository_at_once_do_the_work_once(broker: &Broker) {
         .collect();
     assert_eq!(packs.len(), 1, "one clone for four tasks");
     raw.wait_drained();
+}
+
+/// The worker's prefetch count.
+fn prefetch(worker: &Worker) -> u64 {
+    let stats = worker.ask(
+        "answer([node['prefetch_count'] for node in app.control.inspect(timeout=3).stats().values()])",
+        &[],
+    );
+    stats[0].as_u64().expect("a count")
 }
 
 fn path_of(url: &str) -> &str {
@@ -486,4 +530,119 @@ fn a_worker_whose_leader_in_another_worker_is_killed_does_the_work_itself() {
     gate.wait_arrivals(2);
     gate.open();
     assert_eq!(second.value(&follower)["total_contributors"], 1);
+}
+
+#[test]
+fn whoever_waits_for_an_analysis_has_to_be_let_in_by_the_server_too() {
+    let (redis, postgres) = (services::redis(), services::postgres());
+    let (repository, server, token) = (repository(), GitServer::start(), unique("secret"));
+    let workers = reusing(&redis, &postgres);
+    let [mut first, mut second] = workers.each_ref().map(raw_of);
+    let (url, gate) = server.gated_with_token(&repository, &token);
+    let leader = first.send(TASK, json!(["a", url, token]));
+    gate.wait_arrivals(1);
+    let beside = first.send(TASK, json!(["b", url, "wrong"]));
+    workers[0].wait_log(&format!("{TASK}[{beside}] waits"));
+    let elsewhere = second.send(TASK, json!(["c", url]));
+    workers[1].wait_log("under way in another worker");
+    let friend = second.send(TASK, json!(["d", url, token]));
+    workers[1].wait_log(&format!("{TASK}[{friend}] waits"));
+    gate.open();
+    let found = first.value(&leader);
+    for refused in [first.wait(&beside), second.wait(&elsewhere)] {
+        let text = refused.to_string();
+        assert_eq!(refused["status"], "FAILURE", "{text}");
+        assert!(
+            text.contains("HTTP 401") && !text.contains("ada@"),
+            "{text}"
+        );
+    }
+    assert_eq!(second.value(&friend), found, "a refusal is nobody else's");
+    let packs = server.requests();
+    let packs = packs
+        .iter()
+        .filter(|request| request.body_has("command=fetch"));
+    assert_eq!(packs.count(), 1);
+}
+
+#[test]
+fn a_worker_that_is_told_to_stop_hands_back_what_waits_or_ends_it_first() {
+    let (redis, postgres) = (services::redis(), services::postgres());
+    let (repository, server) = (repository(), GitServer::start());
+    let [leading, mut waiting] = reusing(&redis, &postgres);
+    let mut raws = [raw_of(&leading), raw_of(&waiting)];
+    let (url, gate) = server.gated(&repository);
+    let leader = raws[0].send(TASK, json!([1, url]));
+    gate.wait_arrivals(1);
+    // At once: whoever waits has done nothing yet, and goes back.
+    let back = raws[1].send(TASK, json!([2, url]));
+    waiting.wait_log("under way in another worker");
+    waiting.signal(nix::sys::signal::Signal::SIGQUIT);
+    assert!(waiting.wait().success());
+    let queue = waiting.queue.clone();
+    let waits: usize = raws[1].with(|connection| connection.llen(&queue));
+    assert_eq!(waits, 1, "{}", waiting.log());
+    // In peace: it waits, and goes on when it may.
+    let mut next = Worker::on(&redis.url)
+        .database(&postgres)
+        .queue(&queue)
+        .env("RESULT_REUSE_TTL", "3600")
+        .start();
+    next.wait_log("under way in another worker");
+    next.signal(nix::sys::signal::Signal::SIGTERM);
+    next.wait_log("Warm shutdown");
+    assert_eq!(gate.arrivals(), 1);
+    gate.open();
+    let found = raws[0].value(&leader);
+    assert_eq!(raws[1].value(&back), found);
+    assert!(next.wait().success());
+}
+
+#[test]
+fn a_leader_that_was_stopped_for_longer_than_its_lease_is_not_waited_for() {
+    use nix::sys::signal::Signal::{SIGCONT, SIGSTOP};
+    let (redis, postgres) = (services::redis(), services::postgres());
+    let (repository, server) = (repository(), GitServer::start());
+    let workers = reusing(&redis, &postgres);
+    let [mut first, mut second] = workers.each_ref().map(raw_of);
+    let (url, gate) = server.gated(&repository);
+    let leader = first.send(TASK, json!([1, url]));
+    gate.wait_arrivals(1);
+    let follower = second.send(TASK, json!([2, url]));
+    workers[1].wait_log("under way in another worker");
+    workers[0].signal(SIGSTOP);
+    gate.wait_arrivals(2);
+    workers[0].signal(SIGCONT);
+    gate.open();
+    assert_eq!(second.value(&follower), first.value(&leader));
+    wait_for("the leases to be gone", Duration::from_secs(20), || {
+        leases(&redis).is_empty().then_some(())
+    });
+}
+
+#[test]
+fn whoever_waits_does_the_work_when_the_broker_forgets_the_lease() {
+    let (broker, postgres) = (crate::support::RedisServer::start(), services::postgres());
+    let (repository, server) = (repository(), GitServer::start());
+    let workers = [(), ()].map(|()| {
+        Worker::on(&broker.url)
+            .database(&postgres)
+            .env("RESULT_REUSE_TTL", "3600")
+            .start()
+    });
+    let [mut first, mut second] = workers.each_ref().map(raw_of);
+    let (url, gate) = server.gated(&repository);
+    let leader = first.send(TASK, json!([1, url]));
+    gate.wait_arrivals(1);
+    let follower = second.send(TASK, json!([2, url]));
+    workers[1].wait_log("under way in another worker");
+    drop(broker);
+    gate.wait_arrivals(2);
+    gate.open();
+    // Both are done, whoever can be told of it.
+    wait_for("both rows", Duration::from_secs(30), || {
+        let rows = postgres.rows("SELECT task_id FROM analyses WHERE state = 'SUCCESS'");
+        let has = |id: &String| rows.iter().flatten().flatten().any(|one| one == id);
+        (has(&leader) && has(&follower)).then_some(())
+    });
 }

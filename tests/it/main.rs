@@ -31,6 +31,8 @@ mod blame_fixtures;
 mod blame_histories;
 /// What git itself says about a repository, beside what the blame engine says.
 mod blame_oracle;
+/// Small repositories that want to become large.
+mod bombs;
 /// Calls and what the settings make of them.
 mod calling;
 /// Canvases, beside a Python worker and through the death of a worker.

@@ -29,7 +29,7 @@ fn hits(place: &str, bytes: &[u8], markers: &[String]) -> Vec<String> {
         .collect()
 }
 
-fn files_below(directory: &Path, found: &mut Vec<std::path::PathBuf>) {
+pub(crate) fn files_below(directory: &Path, found: &mut Vec<std::path::PathBuf>) {
     for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
         let path = entry.path();
         match entry.file_type() {
@@ -163,6 +163,15 @@ fn printed(worker: &Worker, words: &[&str]) -> Vec<u8> {
         .output()
         .expect("the binary runs");
     [output.stdout, output.stderr].concat()
+}
+
+/// The child of the one task that runs.
+fn busy_child(worker: &Worker) -> i32 {
+    let started = worker.ask(
+        "answer([t['worker_pid'] for n in app.control.inspect(timeout=3).active().values() for t in n])",
+        &[],
+    );
+    i32::try_from(started[0].as_i64().expect("its child")).unwrap()
 }
 
 /// What is not searched: the messages that clients sent, which are theirs and stay in Redis
@@ -374,11 +383,7 @@ fn a_token_is_seen_nowhere_whatever_becomes_of_its_task() {
         assert_eq!(meta["status"], "FAILURE", "{name}: {meta}");
     }
     held[2].2.wait_arrivals(1);
-    let started = worker.ask(
-        "answer([t['worker_pid'] for n in app.control.inspect(timeout=3).active().values() for t in n])",
-        &[],
-    );
-    let pid = i32::try_from(started[0].as_i64().expect("its child")).unwrap();
+    let pid = busy_child(&worker);
     nix::sys::signal::kill(
         nix::unistd::Pid::from_raw(pid),
         nix::sys::signal::Signal::SIGABRT,
@@ -386,6 +391,19 @@ fn a_token_is_seen_nowhere_whatever_becomes_of_its_task() {
     .unwrap();
     let meta = raw.wait(&held[2].1);
     assert_eq!(meta["result"]["exc_type"], "WorkerLostError", "{meta}");
+    // One that gets no memory any more amid its work panics or aborts in its own words.
+    let (url, gate) = git.gated(&repository);
+    let starved = raw.send(TASK, json!([31, url, token("memory")]));
+    gate.wait_arrivals(1);
+    let limited = Command::new("prlimit")
+        .args(["--as=4096", "--pid", &busy_child(&worker).to_string()])
+        .status()
+        .expect("prlimit is there");
+    assert!(limited.success());
+    gate.open();
+    let meta = raw.wait(&starved);
+    assert_eq!(meta["status"], "FAILURE", "{meta}");
+    println!("without memory: {}", meta["result"]);
     worker.ask("app.control.revoke(sys.argv[1])\nanswer(0)", &[&later]);
     let (url, gate) = git.gated(&repository);
     let ended = raw.send(TASK, json!([32, url, token("term")]));

@@ -216,8 +216,77 @@ fn what_the_kernel_lacks_is_said_once_and_the_other_fences_stand() {
     }
 }
 
+/// How many of its mappings hold the text. Only root may look.
+fn holds(pid: u32, text: &str) -> usize {
+    use std::os::unix::fs::FileExt;
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
+    let memory = std::fs::File::open(format!("/proc/{pid}/mem")).expect("root may look");
+    let found = |line: &&str| {
+        let (range, rest) = line.split_once(' ').unwrap();
+        let (start, end) = range.split_once('-').unwrap();
+        let number = |digits| u64::from_str_radix(digits, 16).unwrap();
+        let mut bytes = vec![0; usize::try_from(number(end) - number(start)).unwrap()];
+        rest.starts_with("rw")
+            && memory.read_exact_at(&mut bytes, number(start)).is_ok()
+            && memchr::memmem::find(&bytes, text.as_bytes()).is_some()
+    };
+    maps.lines().filter(found).count()
+}
+
 #[test]
-fn a_worker_that_is_aborted_leaves_no_core_dump() {
+fn a_token_is_gone_from_the_childs_memory_when_its_task_has_ended() {
+    let redis = services::redis();
+    let mut repository = Repository::new();
+    repository.commit("Ada <ada@example.com>", &[("a.txt", "one\n")]);
+    let (mark, server) = (unique("secret"), GitServer::start());
+    let (url, gate) = server.gated(&repository);
+    let worker = Worker::on(&redis.url).concurrency(1).start();
+    let mut raw = Raw::new(&redis.url, &worker.queue);
+    // Many times, for the first bytes of what is let go are used again at once.
+    let id = raw.send("analyze_repo_task", json!([1, url, mark.repeat(20)]));
+    gate.wait_arrivals(1);
+    let children = worker.descendants();
+    let held = || children.iter().map(|pid| holds(*pid, &mark)).sum::<usize>();
+    assert!(held() > 0);
+    gate.open();
+    assert_eq!(raw.value(&id)["total_contributors"], 1);
+    assert_eq!(worker.descendants(), children);
+    assert_eq!(held(), 0);
+}
+
+#[test]
+fn a_worker_without_capabilities_on_a_read_only_root_analyses_in_its_sandbox() {
+    let redis = services::redis();
+    let mut repository = Repository::new();
+    repository.commit("Ada <ada@example.com>", &[("a.txt", "one\n")]);
+    let server = GitServer::start();
+    // What docker-compose.yml demands of a container, made by hand.
+    let contained = "set -e\nmount --make-rprivate /\nmount --bind \"$HOME\" \"$HOME\"\n\
+        mkdir \"$HOME/bin\"\ncp \"$1\" \"$HOME/bin/celeriac\"\nchown -R 65534:65534 \"$HOME\"\nshift\n\
+        mount -o remount,ro,bind /\n! touch /tmp/x 2>/dev/null\ncd \"$HOME\"\n\
+        exec setpriv --reuid=65534 --regid=65534 --clear-groups --bounding-set=-all \
+        --inh-caps=-all --no-new-privs bin/celeriac \"$@\"";
+    let worker = Worker::on(&redis.url)
+        .under(&["unshare", "--mount", "bash", "-c", contained, "bash"])
+        .start();
+    let status = std::fs::read_to_string(format!("/proc/{}/status", worker.pid())).unwrap();
+    assert!(status.contains("CapBnd:\t0000000000000000"), "{status}");
+    let mut raw = Raw::new(&redis.url, &worker.queue);
+    let id = raw.send("analyze_repo_task", json!([1, server.open(&repository)]));
+    assert_eq!(raw.value(&id)["total_contributors"], 1);
+    for pid in worker.descendants() {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        assert!(status.contains("Seccomp:\t2"), "{status}");
+    }
+    assert!(
+        !worker.log().contains("sandbox is incomplete"),
+        "{}",
+        worker.log()
+    );
+}
+
+#[test]
+fn a_worker_and_a_child_that_are_aborted_amid_a_clone_leave_no_core_dump() {
     use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
     use nix::sys::signal::{Signal, kill};
     use std::os::unix::process::ExitStatusExt;
@@ -233,14 +302,31 @@ fn a_worker_that_is_aborted_leaves_no_core_dump() {
         .current_dir(directory.path())
         .spawn()
         .unwrap();
-    let pid = nix::unistd::Pid::from_raw(i32::try_from(other.id()).unwrap());
-    kill(pid, Signal::SIGABRT).unwrap();
+    let process = |pid: u32| nix::unistd::Pid::from_raw(i32::try_from(pid).unwrap());
+    kill(process(other.id()), Signal::SIGABRT).unwrap();
     let would = other.wait().unwrap();
     println!("another program leaves one: {}", would.core_dumped());
 
     let redis = services::redis();
-    let mut worker = Worker::start(&redis);
+    let mut repository = Repository::new();
+    repository.commit("Ada <ada@example.com>", &[("a.txt", "one\n")]);
+    let (token, server) = (unique("secret"), GitServer::start());
+    let (url, gate) = server.gated(&repository);
+    let mut worker = Worker::on(&redis.url).concurrency(1).start();
+    let mut raw = Raw::new(&redis.url, &worker.queue);
+    let lost = raw.send("analyze_repo_task", json!([1, url, token]));
+    gate.wait_arrivals(1);
+    let children = worker.descendants();
+    let busy = children.iter().find(|pid| holds(**pid, &token) > 0);
+    let busy = *busy.expect("the child that works with the token has it");
+    kill(process(busy), Signal::SIGILL).unwrap();
+    let meta = raw.wait(&lost);
+    assert!(meta.to_string().contains("SIGILL"), "{meta}");
+
+    raw.send("analyze_repo_task", json!([1, url, token]));
+    gate.wait_arrivals(2);
     let pid = worker.pid();
+    assert!(holds(pid, &token) > 0, "the worker has it, too");
     let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
     println!(
         "{}",
@@ -250,6 +336,15 @@ fn a_worker_that_is_aborted_leaves_no_core_dump() {
     let ended = worker.wait();
     assert_eq!(ended.signal(), Some(Signal::SIGABRT as i32), "{ended}");
     assert!(!ended.core_dumped(), "{ended}");
+    let mut files = Vec::new();
+    crate::markers::files_below(worker.clones().parent().unwrap(), &mut files);
+    assert!(!files.is_empty());
+    for file in files {
+        let bytes = std::fs::read(&file).unwrap_or_default();
+        let hit = memchr::memmem::find(&bytes, token.as_bytes());
+        let name = file.file_name().unwrap().to_string_lossy().into_owned();
+        assert!(hit.is_none() && !name.starts_with("core"), "{name}");
+    }
 }
 
 on_brokers!(a_child_holds_no_connection_setting_or_secret_of_its_parent);

@@ -8,6 +8,7 @@
 use std::io::{BufReader, Read};
 
 use gix::ObjectId;
+use secrecy::zeroize::Zeroizing;
 
 use super::error::{Doing, Error, from_http, from_status};
 use super::pktline::{self, Fault, Packet, Packets};
@@ -37,7 +38,7 @@ pub(super) struct Conversation<'a> {
     /// Where it answered, after redirects.
     base: ::url::Url,
     /// Blotted out of what the server says.
-    secrets: Vec<String>,
+    secrets: Vec<Zeroizing<String>>,
 }
 
 /// What the server calls its protocol.
@@ -67,7 +68,7 @@ impl<'a> Conversation<'a> {
     pub(super) fn open(
         client: &'a Client,
         url: &::url::Url,
-        secrets: Vec<String>,
+        secrets: Vec<Zeroizing<String>>,
     ) -> Result<(Conversation<'a>, Greeting), Error> {
         let text = url.to_string();
         let (base, response) = client
@@ -417,7 +418,7 @@ impl<'a> Conversation<'a> {
     fn clean(&self, text: &str) -> String {
         let mut text = text.to_owned();
         for secret in &self.secrets {
-            text = text.replace(secret, "***");
+            text = text.replace(secret.as_str(), "***");
         }
         let printable: String = text
             .trim()

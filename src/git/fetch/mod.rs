@@ -34,6 +34,7 @@ use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use gix::ObjectId;
+use secrecy::zeroize::Zeroizing;
 use secrecy::{ExposeSecret, SecretString};
 
 pub use error::{Error, Limit};
@@ -437,7 +438,7 @@ fn named(id: ObjectId) -> Option<Oid> {
 }
 
 /// Every form in which a server could echo the token.
-fn secrets(token: Option<&SecretString>) -> Vec<String> {
+fn secrets(token: Option<&SecretString>) -> Vec<Zeroizing<String>> {
     let Some(token) = token
         .map(ExposeSecret::expose_secret)
         .filter(|token| !token.is_empty())
@@ -446,8 +447,11 @@ fn secrets(token: Option<&SecretString>) -> Vec<String> {
     };
     let engine = base64::engine::general_purpose::STANDARD;
     vec![
-        engine.encode(format!("x-access-token:{token}")),
+        engine.encode(Zeroizing::new(format!("x-access-token:{token}")).as_bytes()),
         engine.encode(token),
         token.to_owned(),
     ]
+    .into_iter()
+    .map(Zeroizing::new)
+    .collect()
 }

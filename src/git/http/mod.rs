@@ -20,6 +20,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use base64::Engine as _;
+use secrecy::zeroize::Zeroizing;
 use secrecy::{ExposeSecret as _, SecretString};
 use ureq::unversioned::transport::{Connector as _, RustlsConnector};
 
@@ -399,7 +400,8 @@ fn may_carry(origin: &::url::Url, target: &::url::Url) -> bool {
 
 /// Basic authorization as GitHub, GitLab and others take a token: any user name, token as password.
 fn basic(token: &str) -> SecretString {
-    let pair = format!("x-access-token:{token}");
-    let encoded = base64::engine::general_purpose::STANDARD.encode(pair);
-    SecretString::from(format!("Basic {encoded}"))
+    let pair = Zeroizing::new(format!("x-access-token:{token}"));
+    let encoded = base64::engine::general_purpose::STANDARD.encode(pair.as_bytes());
+    let encoded = Zeroizing::new(encoded);
+    SecretString::from(format!("Basic {}", *encoded))
 }

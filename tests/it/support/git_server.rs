@@ -35,7 +35,7 @@ struct Route {
 #[derive(Clone)]
 enum Manner {
     Open,
-    Gated(Gate),
+    Gated(Gate, Option<String>),
     Token(String),
     Status(u16),
     CutAfter(usize),
@@ -141,7 +141,17 @@ impl GitServer {
     /// A URL whose answers wait until the gate is opened.
     pub fn gated(&self, repository: &Repository) -> (String, Gate) {
         let gate = Gate::default();
-        (self.route(repository, Manner::Gated(gate.clone())), gate)
+        (
+            self.route(repository, Manner::Gated(gate.clone(), None)),
+            gate,
+        )
+    }
+
+    /// A URL whose answers wait until the gate is opened, and then want the token.
+    pub fn gated_with_token(&self, repository: &Repository, token: &str) -> (String, Gate) {
+        let gate = Gate::default();
+        let manner = Manner::Gated(gate.clone(), Some(token.to_owned()));
+        (self.route(repository, manner), gate)
     }
 
     /// A URL that wants the token by Basic authentication, as user or as password.
@@ -224,20 +234,17 @@ fn serve(stream: &TcpStream, shared: &Shared) -> std::io::Result<()> {
     let mut limit = usize::MAX;
     match &route.manner {
         Manner::Open => {}
-        Manner::Gated(gate) => gate.pass(),
-        Manner::Token(token) if offers(&request, token) => {}
-        Manner::Token(_) => {
-            return reply(
-                stream,
-                401,
-                "WWW-Authenticate: Basic realm=\"git\"\r\n",
-                &[],
-                limit,
-            );
-        }
+        Manner::Gated(gate, _) => gate.pass(),
+        Manner::Token(_) => {}
         Manner::Status(status) => return reply(stream, *status, "", &[], limit),
         Manner::CutAfter(bytes) if request.method == "POST" => limit = *bytes,
         Manner::CutAfter(_) => {}
+    }
+    if let Manner::Token(token) | Manner::Gated(_, Some(token)) = &route.manner
+        && !offers(&request, token)
+    {
+        let asks = "WWW-Authenticate: Basic realm=\"git\"\r\n";
+        return reply(stream, 401, asks, &[], limit);
     }
 
     let header = |name: &str| request.headers.get(name).map_or("", String::as_str);

@@ -41,6 +41,7 @@ pub struct Builder {
     loglevel: &'static str,
     options: Vec<String>,
     environment: Vec<(String, String)>,
+    under: Vec<String>,
 }
 
 impl Worker {
@@ -61,6 +62,7 @@ impl Worker {
             loglevel: "info",
             options: Vec::new(),
             environment: Vec::new(),
+            under: Vec::new(),
         }
     }
 
@@ -196,6 +198,12 @@ impl Builder {
         self
     }
 
+    /// Starts it as the last words of this command.
+    pub fn under(mut self, words: &[&str]) -> Self {
+        self.under = words.iter().map(|&word| word.to_owned()).collect();
+        self
+    }
+
     /// Starts it and waits for its ready line.
     #[track_caller]
     pub fn start(self) -> Worker {
@@ -231,7 +239,10 @@ impl Builder {
                 self.broker.clone()
             }
         });
-        let mut command = Command::new(env!("CARGO_BIN_EXE_celeriac"));
+        let binary = env!("CARGO_BIN_EXE_celeriac").to_owned();
+        let mut words = self.under.into_iter().chain([binary]);
+        let mut command = Command::new(words.next().expect("the binary is one"));
+        command.args(words);
         // Settings of the developer's shell must not reach the test.
         for (variable, _) in std::env::vars_os() {
             let name = variable.to_string_lossy();
