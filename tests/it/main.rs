@@ -71,6 +71,8 @@ mod markers;
 mod messages;
 /// Result backends, read back by the Python client.
 mod results;
+/// Tasks that are tried again, beside a Python worker's.
+mod retries;
 /// The fences around a child of the product.
 mod sandbox;
 /// Tokens: given, encrypted, stored, used.

@@ -123,6 +123,12 @@ pub(in crate::worker) async fn republish(
     if call.queue.is_some() {
         call.queue = Some(request.queue.clone());
     }
+    if call.reply_to.is_empty() {
+        call.reply_to.clone_from(&worker.oid);
+    }
+    call.ignore_result = Some(request.rules.ignore_result);
+    // Unlike Celery's, it has no time in which the broker may drop it: a worker takes it in the
+    // end and tells that it expired.
     route::send(worker, &call).await?;
     Ok(vec![apply::lone_tuple(request.id())])
 }
