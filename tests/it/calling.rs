@@ -284,7 +284,7 @@ fn chords_are_joined_on_result_backends_that_cannot_count() {
         // The two take turns, whoever is first.
         let _peer = with_peer.then(|| {
             let client = python::Python::new(&redis.url, url, &queue);
-            super::canvas::python_worker_of(client)
+            super::canvas::python_worker_of(client, &queue)
         });
         let script = format!("app.conf.task_default_queue = QUEUE\n{CHORDS}");
         assert_eq!(worker.ask(&script, &[]), expected, "{url}");
