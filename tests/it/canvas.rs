@@ -143,8 +143,8 @@ const WAIT_FOR_BODIES: &str = "
 answer([AsyncResult(body).get(timeout=100).count('celeriac received: h') for body in sys.argv[1:]])
 ";
 
-on_brokers!(the_body_of_a_chord_runs_once_although_its_worker_is_killed_in_between);
-fn the_body_of_a_chord_runs_once_although_its_worker_is_killed_in_between(broker: &Broker) {
+on_brokers!(the_body_of_a_chord_runs_once_although_workers_are_killed_in_between);
+fn the_body_of_a_chord_runs_once_although_workers_are_killed_in_between(broker: &Broker) {
     let queue = unique("q");
     let start = || {
         broker
@@ -154,24 +154,78 @@ fn the_body_of_a_chord_runs_once_although_its_worker_is_killed_in_between(broker
             .env("CELERY_TASK_ACKS_LATE", "true")
             .start()
     };
-    let mut first = start();
-    let bodies = first.ask(SEND_CHORDS, &["300", "10", "1", "10"]);
+    let given = |name: &str, usual: &str| std::env::var(name).unwrap_or(usual.to_owned());
+    let sizes = given("CHORD_SIZES", "200,10,1,10");
+    let kills: usize = given("CHORD_KILLS", "2").parse().unwrap();
+    let sizes: Vec<&str> = sizes.split(',').collect();
+    let expected: Vec<usize> = sizes.iter().map(|size| size.parse().unwrap()).collect();
+    let parts: usize = expected.iter().sum();
+    let mut workers = vec![start(), start()];
+    // Celery's takes its share, and may have the body.
+    let client = python::Python::new(&broker.url, &broker.results, &queue);
+    let peer = python_worker_of(client, &queue);
+    let bodies = workers[0].ask(SEND_CHORDS, &sizes);
     let bodies: Vec<String> = serde_json::from_value(bodies).unwrap();
-    wait_for("some parts", Duration::from_secs(20), || {
-        (first.log().matches(" succeeded in ").count() > 40).then_some(())
-    });
-    first.kill();
-    let second = start();
+    let runs = |workers: &[Worker], what: &str| {
+        let logs = workers.iter().map(Worker::log).chain([peer.log()]);
+        logs.map(|log| log.matches(what).count())
+            .collect::<Vec<_>>()
+    };
+    for kill in 0..kills {
+        wait_for("some more parts", Duration::from_secs(60), || {
+            let done: usize = runs(&workers, " succeeded in ").iter().sum();
+            (done > parts * (kill + 1) / (kills + 2)).then_some(())
+        });
+        let killed = workers.len() - 2;
+        workers[killed].kill();
+        workers.push(start());
+    }
     let ids: Vec<&str> = bodies.iter().map(String::as_str).collect();
-    let joined = second.ask(WAIT_FOR_BODIES, &ids);
-    assert_eq!(joined, json!([300, 10, 1, 10]));
+    let joined = workers[kills].ask(WAIT_FOR_BODIES, &ids);
+    assert_eq!(joined, json!(expected));
     for id in &bodies {
-        let runs = [first.log(), second.log()]
-            .map(|log| log.matches(&format!("test_task[{id}] succeeded")).count());
+        let runs = runs(&workers, &format!("test_task[{id}] succeeded"));
         assert_eq!(
             runs.iter().sum::<usize>(),
             1,
             "body {id} ran {runs:?} times"
         );
     }
+}
+
+const TIME_CHORD: &str = "
+import time
+from celery import chord
+size = int(sys.argv[1])
+body = app.signature('test_task', queue=QUEUE)
+header = [app.signature('test_task', args=(f'h{i}',), queue=QUEUE) for i in range(size)]
+began = time.monotonic()
+joined = chord(header, body).apply_async().get(timeout=100)
+answer([joined.count('celeriac received: h'), time.monotonic() - began])
+";
+
+#[test]
+fn a_part_of_a_chord_costs_the_same_however_many_there_are() {
+    let server = RedisServer::start();
+    let worker = Worker::on(&server.url).start();
+    let mut connection = server.connect();
+    let mut commands = || {
+        let stats: redis::InfoDict = redis::cmd("INFO")
+            .arg("stats")
+            .query(&mut connection)
+            .unwrap();
+        stats.get::<u64>("total_commands_processed").unwrap()
+    };
+    let mut costs = Vec::new();
+    for size in [10, 100, 1000] {
+        let before = commands();
+        let found = worker.ask(TIME_CHORD, &[&size.to_string()]);
+        assert_eq!(found[0], size, "{found}");
+        let commands = (commands() - before) / size;
+        let milliseconds =
+            found[1].as_f64().unwrap() * 1e3 / f64::from(u32::try_from(size).unwrap());
+        println!("{size} parts: {milliseconds:.2} ms and {commands} commands of Redis for each");
+        costs.push(commands);
+    }
+    assert!(costs[2] <= costs[1], "{costs:?}");
 }
