@@ -4,14 +4,14 @@
 
 Both URLs are Redis databases that are broker and backend of one worker each: usually Python's on
 the left and celeriac on the right. QUEUE may be several, with commas: then each task has one of
-them, so that several workers may share a canvas. Every seed from SEED on is one canvas: chains, groups, chords
-and single tasks, nested, with links and errbacks, some immutable, some failing. The client's ids
-are derived from the seed, so both workers get the same messages. What is compared: every message
-that was published (who, for whom, with which arguments, group, chain and chord) and every result
-that was stored (state, value, children, parent, group). Ids that a worker made up are replaced by
-what they stand for. Prints one JSON object; differences are told per seed. Seeds that the left worker hangs on are told
-as stuck: Celery joins a group that stands in the header of a chord without any limit of time, also
-where one of its members was never published.
+them, so that several workers may share a canvas. Every seed from SEED on is one canvas: chains,
+groups, chords and single tasks, nested, with links and errbacks, some immutable, some failing. The
+client's ids are derived from the seed, so both workers get the same messages. What is compared:
+every message that was published (who, for whom, with which arguments, group, chain and chord) and
+every result that was stored (state, value, children, parent, group). Ids that a worker made up are
+replaced by what they stand for. Prints one JSON object; differences are told per seed. Seeds that a
+Python worker hangs on are told as stuck: Celery joins a group that stands in the header of a chord
+without any limit of time, also where one of its members was never published.
 """
 import base64
 import json
@@ -174,9 +174,10 @@ class Side:
     def give_up(self):
         """Removes what was left alone; returns the seeds it is of."""
         texts = [text for queue in self.queues for text in self.client.lrange(queue, 0, -1)]
-        texts += self.client.hvals("unacked")
+        left = [json.loads(text) for text in texts]
+        left += [json.loads(noted)[0] for noted in self.client.hvals("unacked")]
         self.client.delete("unacked", "unacked_index", *self.queues)
-        return {int(found.group(1)) for found in map(PREFIX.search, map(bytes.decode, texts)) if found}
+        return {int(PREFIX.match(message["headers"]["root_id"]).group(1)) for message in left}
 
     def observed(self, lenient):
         messages = {}
@@ -328,7 +329,8 @@ def main():
             refused.append([seed, repr(error)])
     for side in sides:
         side.settle()
-    stuck = sides[0].give_up()
+    # Python's are all on the left, and where there are several queues also on the right.
+    stuck = set().union(*[side.give_up() for side in sides[:len(sides[0].queues)]])
     # On a busy machine one of the two may have paused for longer than it takes to look settled.
     different, raced, quiet = None, None, time.monotonic()
     while different is None or different and time.monotonic() - quiet < 15:
