@@ -77,6 +77,8 @@ mod retries;
 mod sandbox;
 /// Tokens: given, encrypted, stored, used.
 mod secrets;
+/// What single settings of Celery change.
+mod settings;
 /// That the test support itself does what the other tests rely on.
 mod support_works;
 /// Chords that a task watches, where the backend cannot count their parts.

@@ -10,6 +10,7 @@ use nix::unistd::Pid;
 use redis::Commands;
 use serde_json::{Value, json};
 
+use super::support::events::Events;
 use super::support::python::Python;
 use super::support::raw::{Raw, body, envelope, set_embed};
 use super::support::redis_server::RedisServer;
@@ -95,7 +96,7 @@ fn messages(queue: &str, url: &str) -> BTreeMap<String, Value> {
 struct Side {
     url: String,
     connection: redis::Connection,
-    events: redis::Connection,
+    events: Events,
 }
 
 impl Side {
@@ -108,15 +109,7 @@ impl Side {
         let _: () = connection
             .sadd("_kombu.binding.elsewhere", binding)
             .unwrap();
-        let mut events = client.get_connection().unwrap();
-        let channels = format!("/{number}.celeryev/*");
-        let _: () = redis::cmd("PSUBSCRIBE")
-            .arg(channels)
-            .query(&mut events)
-            .unwrap();
-        events
-            .set_read_timeout(Some(Duration::from_secs(30)))
-            .unwrap();
+        let events = Events::new(&url, "celeryev");
         Self {
             url,
             connection,
@@ -132,15 +125,8 @@ impl Side {
 
     /// What became of them, without what is different by nature.
     fn observed(&mut self, log: &dyn Fn() -> String, ids: &[&String]) -> BTreeMap<String, Value> {
-        let mut events = BTreeMap::new();
-        wait_for("the events", Duration::from_secs(40), || {
-            for event in self.next_events() {
-                if event["type"] == "task-retried" {
-                    events.insert(event["uuid"].as_str().unwrap().to_owned(), event);
-                }
-            }
-            (events.len() == ids.len()).then_some(())
-        });
+        let events = self.events.wait("task-retried", ids.len());
+        let told = |id: &str| events.iter().find(|event| event["uuid"] == id).cloned();
         let held = wait_for(
             "the messages of the next tries",
             Duration::from_secs(20),
@@ -162,7 +148,7 @@ impl Side {
                 .collect::<Vec<_>>()
                 .try_into()
                 .expect("one message for each");
-            let mut seen = json!({"message": message, "meta": raw.meta(id), "event": events[*id]});
+            let mut seen = json!({"message": message, "meta": raw.meta(id), "event": told(id)});
             seen["message"]["body"] = body(message);
             let line = format!("[{id}] retry: ");
             let log = log();
@@ -175,16 +161,6 @@ impl Side {
             found.insert((*id).clone(), seen);
         }
         found
-    }
-
-    fn next_events(&mut self) -> Vec<Value> {
-        let pushed = self.events.recv_response().expect("an event");
-        let message = redis::Msg::from_value(&pushed).expect("a message");
-        let envelope: Value = serde_json::from_slice(message.get_payload_bytes()).unwrap();
-        match body(&envelope) {
-            Value::Array(events) => events,
-            event => vec![event],
-        }
     }
 }
 
