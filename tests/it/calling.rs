@@ -383,3 +383,36 @@ fn a_lost_child_is_a_retry_where_the_settings_say_so() {
     assert_eq!(raw.value(&id)["total_contributors"], 1);
     raw.wait_drained();
 }
+
+/// Sends each value to the check, and says where the answer is not what Python would say.
+const VALUES: &str = "
+import uuid
+from datetime import date, datetime, time, timedelta, timezone
+from decimal import Decimal
+from kombu.utils.json import dumps, loads
+seoul = timezone(timedelta(hours=9))
+values = [datetime(2024, 1, 2, 3, 4, 5, 6, seoul), datetime(2024, 1, 2, 3, 4, tzinfo=timezone.utc),
+          datetime(2024, 1, 2, 3, 4, 5), date(2024, 1, 2), time(3, 4, 5), Decimal('1.50'), b'it is',
+          bytes([255, 0]), uuid.UUID('02fbfa3d-a302-4e33-815e-c58fbf8e6123'), None, True, 1e300, -0.0,
+          2**70, '안녕 \\U0001f980 \\x00 \\u2028', {'ä': [date(2024, 1, 2), {}]}, [[[]], '\\'\"']]
+sent = [(value, app.send_task('test_task', args=(value,), queue=QUEUE)) for value in values]
+found = [(f'celeriac received: {loads(dumps(value))}', result.get(timeout=60)) for value, result in sent]
+answer([len(found), [pair for pair in found if pair[0] != pair[1]]])
+";
+
+/// The most that a call may carry, in letters that JSON writes three times as long.
+const LARGE: &str = "
+text = 'ß' * (25 << 20)
+large = app.send_task('test_task', args=(text,), queue=QUEUE, argsrepr='large', compression='zlib')
+assert large.get(timeout=100) == 'celeriac received: ' + text
+answer(len(text.encode()))
+";
+
+#[test]
+fn values_of_every_kind_and_size_arrive_as_they_were_sent() {
+    let redis = services::redis();
+    let worker = Worker::on(&redis.url).start();
+    assert_eq!(worker.ask(VALUES, &[]), json!([17, []]));
+    assert_eq!(worker.ask(LARGE, &[]), 50 << 20);
+    assert!(!worker.log().contains("ßßßß"));
+}
