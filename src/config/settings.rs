@@ -330,6 +330,12 @@ settings! {
     blame_cache: u64 = 256, variables = ["BLAME_CACHE"];
     /// How often an analysis is tried again after a failure that may heal.
     analysis_max_retries: u64 = 3, variables = ["ANALYSIS_MAX_RETRIES"];
+    /// Seconds before it is tried again for the first time; twice as long each time.
+    analysis_retry_backoff: f64 = 2.0, variables = ["ANALYSIS_RETRY_BACKOFF"];
+    /// Most seconds between two tries.
+    analysis_retry_backoff_max: f64 = 600.0, variables = ["ANALYSIS_RETRY_BACKOFF_MAX"];
+    /// Takes off up to half of that time at random.
+    analysis_retry_jitter: bool = true, variables = ["ANALYSIS_RETRY_JITTER"];
     /// Keys that encrypt stored tokens, the first for writing, all for reading.
     token_encryption_keys: Vec<String> = Vec::new(), variables = ["TOKEN_ENCRYPTION_KEYS"], secret = true;
     /// Seconds that a token encrypted by the backend stays valid in a task; 0: for ever.

@@ -32,7 +32,7 @@ pub mod zone;
 /// Bounds on what a message may make this process allocate, whoever sent it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Bytes of a body, after decompression. YAML, which is slow to read, may have an eighth.
+    /// Bytes of a body, after decompression. YAML, which is slow to read, may have a twentieth.
     pub body: usize,
     /// Levels of arrays and objects in one another. Values are walked by recursion: this many
     /// fit into half of the stack tokio gives a thread, even without optimisation.
@@ -43,10 +43,11 @@ pub struct Limits {
 }
 
 impl Default for Limits {
-    /// Room for arguments of 50 MB and for canvases nested a hundred deep.
+    /// Room for arguments of 50 MB, which JSON's escapes make three times as long where they are
+    /// not English, and for canvases nested a hundred deep.
     fn default() -> Self {
         Self {
-            body: 64 << 20,
+            body: 160 << 20,
             depth: 256,
             values: 2_000_000,
         }

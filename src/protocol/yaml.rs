@@ -104,7 +104,7 @@ fn too_many_values(limits: &Limits) -> String {
 /// Reads one document.
 pub(super) fn parse(body: &[u8], limits: &Limits) -> Result<Value, String> {
     // The parser takes microseconds for a token: what is allowed must not stop the process.
-    let most = limits.body / 8;
+    let most = limits.body / 20;
     if body.len() > most {
         return Err(format!(
             "YAML body of {} bytes is larger than the limit of {most}",

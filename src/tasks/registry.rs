@@ -86,6 +86,34 @@ pub struct Options {
     pub soft_time_limit: Option<Duration>,
     /// How often a failure that may heal is tried again.
     pub max_retries: u32,
+    /// How long it is given to heal.
+    pub backoff: Backoff,
+}
+
+/// How long a task waits before it is tried again: twice as long each time.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Backoff {
+    /// Seconds before the first retry.
+    pub first: f64,
+    /// Most seconds before any.
+    pub max: f64,
+    /// Takes off up to a half at random, so that a crowd does not come back as one.
+    pub jitter: bool,
+}
+
+impl Backoff {
+    /// How long to wait after so many retries.
+    pub fn after(&self, retries: i64) -> Duration {
+        let doubled = 2_f64.powi(i32::try_from(retries.clamp(0, 30)).unwrap_or(30));
+        let ceiling = (self.first * doubled).min(self.max);
+        let share = if self.jitter {
+            let [low, high, ..] = uuid::Uuid::new_v4().into_bytes();
+            0.5 + f64::from(u16::from_le_bytes([low, high])) / f64::from(u16::MAX) / 2.0
+        } else {
+            1.0
+        };
+        Duration::try_from_secs_f64(ceiling * share).unwrap_or(Duration::ZERO)
+    }
 }
 
 /// One registered task.
@@ -186,6 +214,11 @@ fn options(settings: &Settings, name: &str, acks_late: bool, max_retries: u32) -
         time_limit: settings.task_time_limit.and_then(seconds),
         soft_time_limit: settings.task_soft_time_limit.and_then(seconds),
         max_retries,
+        backoff: Backoff {
+            first: settings.analysis_retry_backoff,
+            max: settings.analysis_retry_backoff_max,
+            jitter: settings.analysis_retry_jitter,
+        },
     };
     for pattern in ["*", name] {
         if let Some(annotation) = settings.task_annotations.get(pattern) {
@@ -232,6 +265,18 @@ fn annotate(options: &mut Options, annotation: &Value) {
     if let Some(retries) = annotation.get("max_retries").and_then(Value::as_u64) {
         options.max_retries = u32::try_from(retries).unwrap_or(u32::MAX);
     }
+    let seconds = |key: &str, default| {
+        let given = annotation.get(key).and_then(Value::as_f64);
+        given.unwrap_or(default)
+    };
+    let backoff = &mut options.backoff;
+    backoff.first = match annotation.get("retry_backoff") {
+        // As Celery: switched on is a second.
+        Some(Value::Bool(on)) => f64::from(u8::from(*on)),
+        _ => seconds("retry_backoff", backoff.first),
+    };
+    backoff.max = seconds("retry_backoff_max", backoff.max);
+    backoff.jitter = flag("retry_jitter", backoff.jitter);
 }
 
 #[cfg(test)]
@@ -258,5 +303,28 @@ mod tests {
         assert_eq!(analysis.rate_limit, None);
         let test = registry.get("test_task").unwrap().options();
         assert_eq!(test.rate_limit.as_deref(), Some("3/m"));
+    }
+
+    #[test]
+    fn a_retry_waits_twice_as_long_each_time_up_to_the_most() {
+        let mut settings = Settings::default();
+        let of = |settings: &Settings| {
+            let registry = Registry::new(settings);
+            registry.get("analyze_repo_task").unwrap().options().backoff
+        };
+        let usual = of(&settings);
+        for (retries, most) in [(0, 2), (1, 4), (3, 16), (9, 600), (i64::MAX, 600)] {
+            let most = Duration::from_secs(most);
+            let after = usual.after(retries);
+            assert!(after <= most && after >= most / 2, "{retries}: {after:?}");
+        }
+        settings.analysis_retry_backoff = 0.5;
+        settings.analysis_retry_jitter = false;
+        let waits =
+            |backoff: Backoff| [0, 1, 30].map(|retries| backoff.after(retries).as_secs_f64());
+        assert_eq!(waits(of(&settings)), [0.5, 1.0, 600.0]);
+        settings.task_annotations = serde_json::json!({"analyze_repo_task":
+            {"retry_backoff": true, "retry_backoff_max": 20, "max_retries": 9}});
+        assert_eq!(waits(of(&settings)), [1.0, 2.0, 20.0]);
     }
 }

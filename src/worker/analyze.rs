@@ -213,7 +213,7 @@ fn without_token(worker: &Worker, request: &Request, unusable: token::Unusable) 
         {
             Verdict::Retry {
                 cause,
-                after: backoff(request.message.retries),
+                after: backoff(worker, request),
             }
         }
         token::Unusable::Later(exception) | token::Unusable::Refused(exception) => {
@@ -410,7 +410,7 @@ async fn judge(
             {
                 Verdict::Retry {
                     cause: exception,
-                    after: backoff(retries),
+                    after: backoff(worker, request),
                 }
             } else {
                 Verdict::WorkerLost(exception)
@@ -447,9 +447,7 @@ fn failed_verdict(worker: &Worker, request: &Request, failed: Failure) -> Verdic
     };
     match failed.retry {
         Some(retry) if request.message.retries < most_retries(worker, request) => {
-            let after = retry
-                .after
-                .unwrap_or_else(|| backoff(request.message.retries));
+            let after = retry.after.unwrap_or_else(|| backoff(worker, request));
             Verdict::Retry {
                 cause: exception,
                 after,
@@ -465,16 +463,11 @@ fn most_retries(worker: &Worker, request: &Request) -> i64 {
     entry.map_or(0, |entry| i64::from(entry.options().max_retries))
 }
 
-/// Doubles from two seconds to ten minutes, with jitter so that a crowd does not come back
-/// as one.
-fn backoff(retries: i64) -> Duration {
-    let ceiling = 2_f64
-        .powi(i32::try_from(retries.clamp(0, 30)).unwrap_or(30) + 1)
-        .min(600.0);
-    let random = uuid::Uuid::new_v4().as_u128() % 1000;
-    #[expect(clippy::cast_precision_loss, reason = "below a thousand")]
-    let jitter = random as f64 / 1000.0;
-    Duration::from_secs_f64(ceiling * (0.5 + jitter / 2.0))
+fn backoff(worker: &Worker, request: &Request) -> Duration {
+    let entry = worker.registry.get(request.name);
+    entry.map_or(Duration::ZERO, |entry| {
+        entry.options().backoff.after(request.message.retries)
+    })
 }
 
 /// Stores the report; a database that is away delays the success, up to a bound.

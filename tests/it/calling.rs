@@ -39,11 +39,8 @@ fn a_rust_program_calls_python_and_celeriac_alike(broker: &Broker) {
     assert_eq!(headers["timelimit"], json!([30, null]));
     assert_eq!(headers["root_id"], json!(first));
     {
-        let _python = super::canvas::python_worker_of(python::Python::new(
-            &broker.url,
-            &broker.results,
-            &queue,
-        ));
+        let client = python::Python::new(&broker.url, &broker.results, &queue);
+        let _python = super::canvas::python_worker_of(client, &queue);
         assert_eq!(raw.value(&first), "celeriac received: to whom it concerns");
     }
     let worker = broker.worker().queue(&queue).start();
@@ -287,7 +284,7 @@ fn chords_are_joined_on_result_backends_that_cannot_count(broker: &Broker) {
         // The two take turns, whoever is first.
         let _peer = with_peer.then(|| {
             let client = python::Python::new(&broker.url, url, &queue);
-            super::canvas::python_worker_of(client)
+            super::canvas::python_worker_of(client, &queue)
         });
         let script = format!("app.conf.task_default_queue = QUEUE\n{CHORDS}");
         assert_eq!(worker.ask(&script, &[]), expected, "{url}");
@@ -386,80 +383,34 @@ fn a_lost_child_is_a_retry_where_the_settings_say_so(broker: &Broker) {
     raw.wait_drained();
 }
 
-/// Everything a message can say, to be said again by its retry.
-fn everything(id: &str) -> Value {
-    json!({
-        "shadow": "shown", "expires": "2999-01-01T00:00:00", "group": "g", "group_index": 4,
-        "retries": 1, "timelimit": [900, 800.5], "root_id": "root", "parent_id": null,
-        "origin": "gen7@client", "ignore_result": false, "replaced_task_nesting": 2,
-        "stamped_headers": ["stage"], "stamps": {"stage": ["prod"]}, "custom": {"id": id},
-        "x-death": [{"count": 1}],
-    })
-}
+/// Sends each value to the check, and says where the answer is not what Python would say.
+const VALUES: &str = "
+import uuid
+from datetime import date, datetime, time, timedelta, timezone
+from decimal import Decimal
+from kombu.utils.json import dumps, loads
+seoul = timezone(timedelta(hours=9))
+values = [datetime(2024, 1, 2, 3, 4, 5, 6, seoul), datetime(2024, 1, 2, 3, 4, tzinfo=timezone.utc),
+          datetime(2024, 1, 2, 3, 4, 5), date(2024, 1, 2), time(3, 4, 5), Decimal('1.50'), b'it is',
+          bytes([255, 0]), uuid.UUID('02fbfa3d-a302-4e33-815e-c58fbf8e6123'), None, True, 1e300, -0.0,
+          2**70, '안녕 \\U0001f980 \\x00 \\u2028', {'ä': [date(2024, 1, 2), {}]}, [[[]], '\\'\"']]
+sent = [(value, app.send_task('test_task', args=(value,), queue=QUEUE)) for value in values]
+found = [(f'celeriac received: {loads(dumps(value))}', result.get(timeout=60)) for value, result in sent]
+answer([len(found), [pair for pair in found if pair[0] != pair[1]]])
+";
 
-on_brokers!(a_retry_says_all_that_the_first_message_said);
-fn a_retry_says_all_that_the_first_message_said(broker: &Broker) {
-    let mut repository = Repository::new();
-    repository.commit("Ada <ada@example.com>", &[("a.txt", "one\n")]);
-    let url = GitServer::start();
-    let url = url.refusing(&repository, 503);
-    let mut worker = broker
-        .worker()
-        .env("CELERY_WORKER_SEND_TASK_EVENTS", "true")
-        .start();
-    let mut raw = broker.raw(&worker.queue);
-    let id = unique("t");
-    let before = everything(&id);
-    let arguments = json!([1, url]);
-    let mut message =
-        super::support::raw::envelope(&worker.queue, "analyze_repo_task", &id, &arguments, &before);
-    let link = |name: &str| {
-        json!({"task": name, "args": [], "kwargs": {}, "options": {},
-        "subtask_type": null, "immutable": false})
-    };
-    let embed = json!({"callbacks": [link("one")], "errbacks": [link("two")],
-        "chain": [link("three"), link("four")], "chord": link("five")});
-    super::support::raw::set_embed(&mut message, &embed);
-    message["properties"]["priority"] = json!(3);
-    raw.push_envelope(&message);
-    let meta = wait_for("the state RETRY", Duration::from_secs(20), || {
-        (raw.status(&id) == "RETRY").then(|| raw.meta(&id))?
-    });
-    assert_eq!(meta["children"], json!([[[id, null], null]]));
-    assert_eq!(meta["date_done"], Value::Null);
-    assert!(meta["traceback"].is_string(), "{meta}");
-    worker.wait_log(&format!("shown[{id}] retry: Retry in "));
-    worker.stop();
-    if broker.is_redis() {
-        // Kombu's list for messages of priority 3.
-        raw = broker.raw(&format!("{}\x06\x163", worker.queue));
-    }
-    let [again] = raw.messages().try_into().unwrap();
-    let headers = &again["headers"];
-    for name in [
-        "shadow",
-        "expires",
-        "group",
-        "group_index",
-        "timelimit",
-        "root_id",
-        "origin",
-        "ignore_result",
-        "replaced_task_nesting",
-        "stamped_headers",
-        "stamps",
-        "custom",
-    ] {
-        assert_eq!(headers[name], before[name], "{name}: {headers:#}");
-    }
-    assert_eq!(headers["retries"], 2);
-    // As Celery: a task without a parent becomes its own.
-    assert_eq!(headers["parent_id"], json!(id));
-    assert_eq!(headers["x-death"], Value::Null);
-    let eta = headers["eta"].as_str().unwrap();
-    assert!(chrono::DateTime::parse_from_rfc3339(eta).unwrap() > chrono::Utc::now());
-    assert_eq!(again["properties"]["priority"], 3);
-    assert_eq!(again["properties"]["reply_to"], "nobody");
-    let body = super::support::raw::body(&again);
-    assert_eq!(body, json!([arguments, {}, embed]));
+/// The most that a call may carry, in letters that JSON writes three times as long.
+const LARGE: &str = "
+text = 'ß' * (25 << 20)
+large = app.send_task('test_task', args=(text,), queue=QUEUE, argsrepr='large', compression='zlib')
+assert large.get(timeout=100) == 'celeriac received: ' + text
+answer(len(text.encode()))
+";
+
+on_brokers!(values_of_every_kind_and_size_arrive_as_they_were_sent);
+fn values_of_every_kind_and_size_arrive_as_they_were_sent(broker: &Broker) {
+    let worker = broker.worker().start();
+    assert_eq!(worker.ask(VALUES, &[]), json!([17, []]));
+    assert_eq!(worker.ask(LARGE, &[]), 50 << 20);
+    assert!(!worker.log().contains("ßßßß"));
 }

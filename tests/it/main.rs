@@ -73,10 +73,14 @@ mod markers;
 mod messages;
 /// Result backends, read back by the Python client.
 mod results;
+/// Tasks that are tried again, beside a Python worker's.
+mod retries;
 /// The fences around a child of the product.
 mod sandbox;
 /// Tokens: given, encrypted, stored, used.
 mod secrets;
+/// What single settings of Celery change.
+mod settings;
 /// That the test support itself does what the other tests rely on.
 mod support_works;
 /// Chords that a task watches, where the backend cannot count their parts.

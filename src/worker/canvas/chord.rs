@@ -2,7 +2,8 @@
 //!
 //! The backend counts, and gives one worker the claim to finish the chord. A worker that dies
 //! with the claim in its hands leaves it to expire; the part that is delivered again because of
-//! that death waits for it here, so that no chord stays open.
+//! that death waits for it here, so that no chord stays open. A Python worker that gets the part
+//! instead does not wait, and the chord stays open as it would between Python workers.
 
 use std::sync::Arc;
 use std::time::Duration;

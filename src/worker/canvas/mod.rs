@@ -1,10 +1,11 @@
 //! What follows a task: callbacks, chains, groups, chords, errbacks, retries.
 //!
 //! [`apply`] turns a signature into messages, with the help of [`freeze`] (ids and places),
-//! [`links`] (whose callbacks those of a compound become) and [`results`] (what the parts will return); [`chord`] joins parts and tells bodies, [`unlock`] does so where parts are not counted; [`failure`]
-//! tells those who wait for what will never run; [`route`] sends. Answers for `celery.canvas`
-//! as far as a worker performs it, and for the follow-ups of `celery.app.trace`. Everything
-//! published here is published before the result is stored.
+//! [`links`] (whose callbacks those of a compound become) and [`results`] (what the parts will
+//! return); [`chord`] joins parts and tells bodies, [`unlock`] does so where parts are not
+//! counted; [`failure`] tells those who wait for what will never run; [`route`] sends. Answers
+//! for `celery.canvas` as far as a worker performs it, and for the follow-ups of
+//! `celery.app.trace`. Everything published here is published before the result is stored.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -123,6 +124,12 @@ pub(in crate::worker) async fn republish(
     if call.queue.is_some() {
         call.queue = Some(request.queue.clone());
     }
+    if call.reply_to.is_empty() {
+        call.reply_to.clone_from(&worker.oid);
+    }
+    call.ignore_result = Some(request.rules.ignore_result);
+    // Unlike Celery's, it has no time in which the broker may drop it: a worker takes it in the
+    // end and tells that it expired.
     route::send(worker, &call).await?;
     Ok(vec![apply::lone_tuple(request.id())])
 }

@@ -4,8 +4,8 @@
 //! each `result_chord_retry_interval` until every part is ready, joins their results and
 //! publishes the body, or tells who waits for it that a part failed. Python workers and this
 //! one may take turns. Whoever finds the parts ready claims the end of the chord first, for the
-//! message may be delivered again and may have become two. Answers for `unlock_chord` in `celery/app/builtins.py` and
-//! `Backend.fallback_chord_unlock`.
+//! message may be delivered again and may have become two. Answers for `unlock_chord` in
+//! `celery/app/builtins.py` and `Backend.fallback_chord_unlock`.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -3,12 +3,15 @@
     canvas.py LEFT_URL RIGHT_URL QUEUE SEED COUNT
 
 Both URLs are Redis databases that are broker and backend of one worker each: usually Python's on
-the left and celeriac on the right. Every seed from SEED on is one canvas: chains, groups, chords
-and single tasks, nested, with links and errbacks, some immutable, some failing. The client's ids
-are derived from the seed, so both workers get the same messages. What is compared: every message
-that was published (who, for whom, with which arguments, group, chain and chord) and every result
-that was stored (state, value, children, parent, group). Ids that a worker made up are replaced by
-what they stand for. Prints one JSON object; differences are told per seed.
+the left and celeriac on the right. QUEUE may be several, with commas: then each task has one of
+them, so that several workers may share a canvas. Every seed from SEED on is one canvas: chains,
+groups, chords and single tasks, nested, with links and errbacks, some immutable, some failing. The
+client's ids are derived from the seed, so both workers get the same messages. What is compared:
+every message that was published (who, for whom, with which arguments, group, chain and chord) and
+every result that was stored (state, value, children, parent, group). Ids that a worker made up are
+replaced by what they stand for. Prints one JSON object; differences are told per seed. Seeds that a
+Python worker hangs on are told as stuck: Celery joins a group that stands in the header of a chord
+without any limit of time, also where one of its members was never published.
 """
 import base64
 import json
@@ -49,22 +52,27 @@ class Ids:
 class Builder:
     """A random canvas. `fed`: whether a value will be handed over as the first argument."""
 
-    def __init__(self, app, seed):
+    def __init__(self, app, seed, queues):
         self.app, self.random, self.tokens = app, random.Random(seed), 0
+        self.queues, self.places = queues, random.Random(-seed)
 
     def token(self):
         self.tokens += 1
         return f"t{self.tokens}"
 
+    def task(self, args, immutable=False):
+        place = {"queue": self.places.choice(self.queues)} if len(self.queues) > 1 else {}
+        return self.app.signature("test_task", args=args, immutable=immutable, **place)
+
     def leaf(self, fed):
         kind = self.random.random()
         if kind < 0.12:
-            return self.app.signature("test_task", args=(self.token(), "wrong"), immutable=True)
+            return self.task((self.token(), "wrong"), immutable=True)
         if kind < 0.16:
-            return self.app.signature("test_task", args=(self.token(), "wrong"))
+            return self.task((self.token(), "wrong"))
         if kind < 0.35:
-            return self.app.signature("test_task", args=(self.token(),), immutable=True)
-        return self.app.signature("test_task", args=() if fed else (self.token(),))
+            return self.task((self.token(),), immutable=True)
+        return self.task(() if fed else (self.token(),))
 
     def sprinkle(self, made, depth, fed):
         if self.random.random() < 0.12:
@@ -74,7 +82,7 @@ class Builder:
                 made.link(self.leaf(True))
         if self.random.random() < 0.12:
             args, immutable = ((self.token(),), True) if self.random.random() < 0.5 else ((), False)
-            made.link_error(self.app.signature("test_task", args=args, immutable=immutable))
+            made.link_error(self.task(args, immutable))
         return made
 
     def canvas(self, depth, fed, links=True):
@@ -96,17 +104,17 @@ class Builder:
 
 
 class Monitor(threading.Thread):
-    """Every message that is pushed to the queue, seen by MONITOR."""
+    """Every message that is pushed to the queues, seen by MONITOR."""
 
     WORD = re.compile(rb'"((?:[^"\\]|\\.)*)"')
     ESCAPE = re.compile(rb"\\(x[0-9a-f]{2}|.)")
     PLAIN = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"a": b"\a", b"b": b"\b"}
 
-    def __init__(self, url, queue):
+    def __init__(self, url, queues):
         super().__init__(daemon=True)
         parsed = urlparse(url)
         self.database = (parsed.path.strip("/") or "0").encode()
-        self.queue, self.messages = queue.encode(), []
+        self.queues, self.messages = {queue.encode() for queue in queues}, []
         self.socket = socket.create_connection((parsed.hostname, parsed.port))
         self.socket.sendall(b"MONITOR\r\n")
         self.file = self.socket.makefile("rb")
@@ -124,7 +132,7 @@ class Monitor(threading.Thread):
         if b"lpush" not in rest[:8].lower() or head.split(b"[")[1].split()[0] != self.database:
             return
         words = [self.ESCAPE.sub(self.unescape, word) for word in self.WORD.findall(rest)]
-        if words[1] == self.queue:
+        if words[1] in self.queues:
             self.messages += [json.loads(word) for word in words[2:]]
 
     def unescape(self, match):
@@ -135,18 +143,18 @@ class Monitor(threading.Thread):
 class Side:
     """One worker's world."""
 
-    def __init__(self, url, queue):
+    def __init__(self, url, queues):
         self.client = redis.Redis.from_url(url)
         self.app = Celery("canvas", broker=url, backend=url, set_as_current=False)
-        self.app.conf.update(task_default_queue=queue, broker_connection_retry_on_startup=True)
-        self.queue, self.monitor = queue, Monitor(url, queue)
+        self.app.conf.update(task_default_queue=queues[0], broker_connection_retry_on_startup=True)
+        self.queues, self.monitor = queues, Monitor(url, queues)
         self.monitor.start()
 
     def send(self, seed, depth):
         ids = Ids(seed)
         for module in (celery.canvas, celery.app.base, celery.app.task):
             module.uuid = ids
-        made = Builder(self.app, seed).canvas(depth, False)
+        made = Builder(self.app, seed, self.queues).canvas(depth, False)
         text = repr(made)
         made.apply_async()
         return text
@@ -155,13 +163,21 @@ class Side:
         """Waits until nothing happens any more, for as long as anything does."""
         last, since = None, time.monotonic()
         while time.monotonic() - since < (60 if last and last[0] else 1.5):
-            waiting = self.client.llen(self.queue) + self.client.hlen("unacked")
+            waiting = sum(map(self.client.llen, self.queues)) + self.client.hlen("unacked")
             now = (waiting, self.client.dbsize(), len(self.monitor.messages))
             if now != last:
                 last, since = now, time.monotonic()
             time.sleep(0.05)
         if last[0]:
             print(f"{last[0]} messages have been left alone for a minute", file=sys.stderr)
+
+    def give_up(self):
+        """Removes what was left alone; returns the seeds it is of."""
+        texts = [text for queue in self.queues for text in self.client.lrange(queue, 0, -1)]
+        left = [json.loads(text) for text in texts]
+        left += [json.loads(noted)[0] for noted in self.client.hvals("unacked")]
+        self.client.delete("unacked", "unacked_index", *self.queues)
+        return {int(PREFIX.match(message["headers"]["root_id"]).group(1)) for message in left}
 
     def observed(self, lenient):
         messages = {}
@@ -229,7 +245,8 @@ class Observed:
             [one["task"], one["args"], one["immutable"]])) for one in found or [])
         body = embed.get("chord")
         return {
-            "kind": "message", "task": headers["task"], "id": self.label(headers["id"]),
+            "kind": "message", "task": headers["task"],
+            "queue": message["properties"]["delivery_info"]["routing_key"], "id": self.label(headers["id"]),
             "root": self.root(headers["root_id"]), "parent": self.parent(headers["parent_id"]),
             "group": self.label(headers["group"]), "index": headers["group_index"],
             "args": self.replaced(json.dumps(args)), "kwargs": kwargs,
@@ -300,8 +317,8 @@ def compared(sent, one, other):
 
 
 def main():
-    left, right, queue, first, count = *sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5])
-    sides = [Side(url, queue) for url in (left, right)]
+    left, right, queues, first, count = *sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5])
+    sides = [Side(url, queues.split(",")) for url in (left, right)]
     sent, refused = {}, []
     for seed in range(first, first + count):
         depth = 1 + seed % 4
@@ -312,17 +329,21 @@ def main():
             refused.append([seed, repr(error)])
     for side in sides:
         side.settle()
+    # Python's are all on the left, and where there are several queues also on the right.
+    stuck = set().union(*[side.give_up() for side in sides[:len(sides[0].queues)]])
     # On a busy machine one of the two may have paused for longer than it takes to look settled.
     different, raced, quiet = None, None, time.monotonic()
     while different is None or different and time.monotonic() - quiet < 15:
         before = [len(side.monitor.messages) for side in sides]
-        one, other = sides[0].observed(True), sides[1].observed(False)
-        last, (different, raced) = different, compared(sent, one, other)
+        one, other = sides[0].observed(True), sides[1].observed(len(sides[1].queues) > 1)
+        judged = {seed: text for seed, text in sent.items() if seed not in stuck}
+        last, (different, raced) = different, compared(judged, one, other)
         if different != last or before != [len(side.monitor.messages) for side in sides]:
             quiet = time.monotonic()
         time.sleep(0.5 if different else 0)
     print("answer: " + json.dumps({
-        "sent": len(sent), "refused": refused, "raced": raced, "different": different,
+        "sent": len(sent), "refused": refused, "raced": raced, "stuck": sorted(stuck),
+        "different": different,
         "records": sum(len(texts) for texts in one.values()),
         "states": {state: sum(f'"status": "{state}"' in text for texts in one.values()
                               for text in texts) for state in ("SUCCESS", "FAILURE")},

@@ -1,6 +1,7 @@
 //! What integration tests stand on. Nothing here is mocked.
 
 pub mod broker;
+pub mod events;
 pub mod git_server;
 pub mod proxy;
 pub mod python;
