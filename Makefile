@@ -34,7 +34,7 @@ logs-worker:  ## follow the worker's log
 	docker compose logs --follow worker
 
 shell-worker:  ## a shell in the worker's container
-	docker compose exec worker bash
+	docker compose exec worker sh
 
 shell-backend:  ## a shell in the example backend's container
 	docker compose exec backend bash
