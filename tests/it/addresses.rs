@@ -190,3 +190,19 @@ fn a_sentinel_is_asked_again_when_another_server_has_taken_over() {
     });
     works(&replica, &worker);
 }
+
+/// A server that closes without having read says why, but that is lost with the connection.
+#[test]
+fn a_server_that_lets_nobody_in_is_told_with_the_likely_reasons() {
+    let server = RedisServer::with(&["--maxclients", "1"]);
+    let client = redis::Client::open(server.url.as_str()).unwrap();
+    let only = wait_for("the only place", Duration::from_secs(20), || {
+        let mut only = client.get_connection().ok()?;
+        let asked = redis::cmd("PING").query::<String>(&mut only);
+        asked.is_ok().then_some(only)
+    });
+    let worker = Worker::on(&server.url).start_without_waiting();
+    worker.wait_log("closed the connection: ");
+    worker.wait_log("in protected mode does that");
+    drop(only);
+}

@@ -295,6 +295,21 @@ impl Link {
         client.map_err(|error| Error::Url(format!("the broker address cannot be used: {error}")))
     }
 
+    /// The first words on a new connection were not answered.
+    pub(super) fn unwelcome(&self, error: &RedisError) -> Error {
+        // What the server says before it closes is lost with the connection.
+        let hint = if error.is_connection_dropped() {
+            "; a Redis in protected mode does that to all but its own host (set requirepass, or \
+             protected-mode no), one with too many clients as well"
+        } else {
+            ""
+        };
+        Error::Connection {
+            operation: "connecting to Redis",
+            reason: format!("{} closed the connection: {error}{hint}", self.url),
+        }
+    }
+
     fn unreachable(&self, error: &RedisError) -> Error {
         let reason = match error.kind() {
             redis::ErrorKind::AuthenticationFailed => {

@@ -123,12 +123,12 @@ impl Transport for RedisTransport {
         let replies = connection
             .send_packed_commands(&load, 0, count)
             .await
-            .map_err(|error| connect::failed("connecting to Redis", &error))?;
+            .map_err(|error| link.unwelcome(&error))?;
         let mut scripted = true;
         if let Some(error) = replies.iter().find_map(refusal) {
             if matches!(
                 error.code(),
-                "LOADING" | "NOAUTH" | "READONLY" | "MASTERDOWN"
+                "LOADING" | "NOAUTH" | "DENIED" | "READONLY" | "MASTERDOWN"
             ) {
                 return Err(Error::Connection {
                     operation: "connecting to Redis",
