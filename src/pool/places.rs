@@ -116,6 +116,11 @@ impl State {
         self.places.values().filter(held).count()
     }
 
+    pub(super) fn idle(&self) -> usize {
+        let idle = |place: &&Place| matches!(place.occupant, Occupant::Idle(_));
+        self.places.values().filter(idle).count()
+    }
+
     /// How many children are missing: one for each vacant place, and the spare after these.
     fn missing(&self) -> usize {
         if self.stopping {

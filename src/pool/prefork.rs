@@ -224,6 +224,11 @@ impl Pool {
         self.shared.state().busy()
     }
 
+    /// How many places would take a job at once.
+    pub fn idle(&self) -> usize {
+        self.shared.state().idle()
+    }
+
     /// The process ids of the children that have a place; the spare is not among them.
     pub fn processes(&self) -> Vec<u32> {
         let state = self.shared.state();

@@ -97,6 +97,9 @@ pub struct Notes {
     pub keep: Duration,
 }
 
+/// How many slots are free right now.
+pub type IdleSlots = Arc<dyn Fn() -> usize + Send + Sync>;
+
 /// One broker.
 #[async_trait]
 pub trait Transport: Send + Sync + 'static {
@@ -137,6 +140,12 @@ pub trait Channel: Send + Sync {
 
     /// How many deliveries may be unsettled at once; 0 is without limit.
     async fn set_prefetch(&self, count: u32) -> Result<(), Error>;
+
+    /// Tells how many slots are free whenever it is asked. What starts at once takes no place among
+    /// the messages fetched ahead, so a channel that fetches by itself may take as many more.
+    fn set_idle_slots(&self, idle: IdleSlots) {
+        let _ = idle;
+    }
 
     /// Whether [`Channel::set_prefetch`] counts over all queues and acts at once. Not on Redis
     /// and not where there are quorum queues, as Celery sees it.

@@ -191,6 +191,14 @@ impl Consumer {
         self.purge = false;
         self.prefetch = None;
         self.set_prefetch(channel).await?;
+        let settings = &self.worker.settings;
+        // Where late acknowledgement is the user's choice, what runs is part of the count.
+        if settings.task_acks_late != Some(true) && !settings.worker_disable_prefetch {
+            let worker = Arc::downgrade(&self.worker);
+            channel.set_idle_slots(Arc::new(move || {
+                worker.upgrade().map_or(0, |worker| worker.pool.idle())
+            }));
+        }
         // Before the first task: what was revoked while this worker was away is not to run.
         super::control::recall_revoked(&self.worker, &**channel).await?;
         for queue in &queues {

@@ -16,7 +16,8 @@ use super::reply::{texts, transaction};
 use super::{keys, mailbox, message, permits, revoked};
 use crate::transport::permit::{Answer, Ask, Scope};
 use crate::transport::{
-    Channel, Delivery, Error, ExchangeKind, Incoming, Notes, Publication, Queue, QueueStatus, Tag,
+    Channel, Delivery, Error, ExchangeKind, IdleSlots, Incoming, Notes, Publication, Queue,
+    QueueStatus, Tag,
 };
 
 /// See [`Channel`].
@@ -285,6 +286,10 @@ impl Channel for RedisChannel {
         self.core.work.notify_one();
         self.core.idle.notify_one();
         Ok(())
+    }
+
+    fn set_idle_slots(&self, idle: IdleSlots) {
+        self.core.state().idle_slots = Some(idle);
     }
 
     async fn next(&self) -> Result<Incoming, Error> {

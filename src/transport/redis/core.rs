@@ -21,7 +21,7 @@ pub(super) use super::ledger::{Held, Ledger, Settlement};
 use super::options::{Options, QueueOrder};
 use super::script::Scripts;
 use crate::transport::url::Scheme;
-use crate::transport::{Error, Incoming, Tag};
+use crate::transport::{Error, IdleSlots, Incoming, Tag};
 
 /// How many messages one fetch takes at most.
 pub(super) const BATCH: usize = 64;
@@ -117,6 +117,9 @@ pub(super) struct State {
     /// The queues being consumed, next one first.
     pub(super) sources: Vec<Source>,
     pub(super) prefetch: u32,
+    pub(super) idle_slots: Option<IdleSlots>,
+    /// The last fetch brought as much as it was to.
+    pub(super) filled: bool,
     /// The lists may hold something.
     pub(super) promising: bool,
     pub(super) fault: Option<Fault>,
@@ -198,6 +201,8 @@ impl Core {
                 inbound: VecDeque::new(),
                 sources: Vec::new(),
                 prefetch: 0,
+                idle_slots: None,
+                filled: false,
                 promising: false,
                 fault: None,
             }),
@@ -449,7 +454,7 @@ impl Core {
         let mut state = self.state();
         let ops = std::mem::take(&mut state.ops);
         let want = if self.scripted && state.promising {
-            state.free().min(BATCH)
+            (state.free() + state.ahead()).min(BATCH)
         } else {
             0
         };
@@ -515,6 +520,16 @@ impl State {
             READY.saturating_sub(self.inbound.len())
         } else {
             (self.prefetch as usize).saturating_sub(self.held.len())
+        }
+    }
+
+    /// How many more than the prefetch count may be taken: as many as start at once, if the last
+    /// fetch was not enough and nothing of it waits. Tasks of a millisecond cost a round trip for
+    /// twice as many of them; what waits for a rate limit or its time is not taken ahead.
+    fn ahead(&self) -> usize {
+        match &self.idle_slots {
+            Some(idle) if self.filled && self.prefetch > 0 && self.held.is_empty() => idle(),
+            _ => 0,
         }
     }
 

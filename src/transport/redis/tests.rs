@@ -1,6 +1,8 @@
 //! The transport against a real redis-server, one private instance per test.
 
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use redis::aio::MultiplexedConnection;
@@ -179,6 +181,34 @@ async fn prefetch_limits_what_is_held() {
     channel.ack(&second.tag);
     channel.flush().await.unwrap();
     assert_eq!(redis.llen::<_, usize>("q").await.unwrap(), 1);
+}
+
+#[tokio::test]
+async fn as_many_more_are_taken_as_start_at_once_when_nothing_fetched_waits() {
+    let server = Server::start().await;
+    let channel = server.channel().await;
+    let mut redis = server.redis().await;
+    for number in 0..12 {
+        send(&*channel, "q", &number.to_string(), None).await;
+    }
+    let idle = Arc::new(AtomicUsize::new(2));
+    let slots = Arc::clone(&idle);
+    channel.set_idle_slots(Arc::new(move || slots.load(Ordering::Relaxed)));
+    consume(&*channel, &["q"], 2).await;
+    // Nothing is known yet of how long they take.
+    let mut held = vec![next(&*channel).await, next(&*channel).await];
+    channel.flush().await.unwrap();
+    for (settled, idle_then, left) in [(2, 2, 6), (3, 2, 5), (2, 0, 3), (2, 9, 0)] {
+        idle.store(idle_then, Ordering::Relaxed);
+        for delivery in held.drain(..settled) {
+            channel.ack(&delivery.tag);
+        }
+        channel.flush().await.unwrap();
+        assert_eq!(redis.llen::<_, usize>("q").await.unwrap(), left);
+        while held.len() < redis.hlen("unacked").await.unwrap() {
+            held.push(next(&*channel).await);
+        }
+    }
 }
 
 #[tokio::test]

@@ -442,8 +442,13 @@ impl Writer {
         };
         self.refusing = false;
         let taken = reply.len() / 3;
-        if taken < plan.want {
-            core.state().promising = false;
+        let filled = taken == plan.want;
+        {
+            let mut state = core.state();
+            state.filled = filled;
+            state.promising &= filled;
+        }
+        if !filled {
             core.idle.notify_one();
         }
         if taken == 0 {
