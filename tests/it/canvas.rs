@@ -254,5 +254,6 @@ fn a_part_of_a_chord_costs_the_same_however_many_there_are() {
         println!("{size} parts: {milliseconds:.2} ms and {commands} commands of Redis for each");
         costs.push(commands);
     }
-    assert!(costs[2] <= costs[1], "{costs:?}");
+    // What each looked at of all the others would be ten times as much.
+    assert!(costs[2] < 2 * costs[1], "{costs:?}");
 }
