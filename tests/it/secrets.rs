@@ -20,9 +20,9 @@ pub(crate) fn repository() -> Repository {
     repository
 }
 
-/// The Python snippet that the documentation gives to backends.
+/// The Python snippet that the README gives to backends.
 fn snippet() -> String {
-    let text = std::fs::read_to_string(project().join("docs/security.md")).expect("the document");
+    let text = std::fs::read_to_string(project().join("README.md")).expect("the README");
     let (_, rest) = text.split_once("```python\n").expect("a Python block");
     rest.split_once("```").expect("its end").0.to_owned()
 }
