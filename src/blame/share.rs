@@ -214,9 +214,12 @@ mod tests {
         }]);
         let stop = AtomicBool::new(false);
         let first = share.take(&stop).unwrap().unwrap();
+        // Asking again counts as waiting again, so the other thread must not before this one has looked.
+        let looked = std::sync::Barrier::new(2);
         std::thread::scope(|scope| {
             let other = scope.spawn(|| {
                 let taken = share.take(&stop).unwrap().map(|taken| taken.part.share);
+                looked.wait();
                 (taken, share.take(&stop).unwrap().is_some())
             });
             while !share.is_wanted() {
@@ -226,7 +229,9 @@ mod tests {
                 share: 7,
                 ..Part::default()
             });
-            assert!(!share.is_wanted());
+            let wanted = share.is_wanted();
+            looked.wait();
+            assert!(!wanted);
             drop(first);
             assert_eq!(other.join().unwrap(), (Some(7), false));
         });
