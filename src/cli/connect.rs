@@ -121,7 +121,15 @@ fn amqp_transport(
              connection ends, and by its consumer_timeout"
         );
     }
-    warn_consumer_timeout(settings);
+    if let Some(limit) = outlives_consumer_timeout(settings) {
+        log::warn!(
+            "{limit}, but RabbitMQ takes a message back that is not acknowledged within its \
+             consumer_timeout, 30 minutes unless it was changed. A task that is acknowledged late \
+             and takes longer goes on and is committed once, yet the connection is made again each \
+             time. Set consumer_timeout in rabbitmq.conf (milliseconds) above the time limit, or the \
+             time limit to at most {CONSUMER_TIMEOUT}"
+        );
+    }
     let transport = AmqpTransport::new(urls, options);
     Ok(Arc::new(
         transport.map_err(|error| anyhow!("QUEUE_BROKER_URL: {error}"))?,
@@ -146,23 +154,17 @@ fn delayed_queue_type(settings: &Settings) -> anyhow::Result<String> {
     Ok(word)
 }
 
+/// Which limit lets a task run longer than a server waits for its acknowledgement.
 /// A server does not tell its consumer_timeout, so the usual one is assumed.
-fn warn_consumer_timeout(settings: &Settings) {
+fn outlives_consumer_timeout(settings: &Settings) -> Option<String> {
     if settings.task_acks_late == Some(false) {
-        return;
+        return None;
     }
-    let limit = match settings.task_time_limit {
-        Some(limit) if limit <= CONSUMER_TIMEOUT => return,
-        Some(limit) => format!("task_time_limit is {limit} seconds"),
-        None => "there is no task_time_limit".to_owned(),
-    };
-    log::warn!(
-        "{limit}, but RabbitMQ takes a message back that is not acknowledged within its \
-         consumer_timeout, 30 minutes unless it was changed. A task that is acknowledged late \
-         and takes longer goes on and is committed once, yet the connection is made again each \
-         time. Set consumer_timeout in rabbitmq.conf (milliseconds) above the time limit, or the \
-         time limit to at most {CONSUMER_TIMEOUT}"
-    );
+    match settings.task_time_limit {
+        Some(limit) if limit <= CONSUMER_TIMEOUT => None,
+        Some(limit) => Some(format!("task_time_limit is {limit} seconds")),
+        None => Some("there is no task_time_limit".to_owned()),
+    }
 }
 
 fn warn_unknown(unknown: &[String]) {
@@ -280,5 +282,31 @@ fn embedded_path() -> PathBuf {
     match base {
         Some(base) => base.join("celeriac").join("celeriac.sqlite"),
         None => PathBuf::from("celeriac.sqlite"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_time_limit_beyond_consumer_timeout_is_pointed_out() {
+        let outlives = |limit: Option<f64>, late: Option<bool>| {
+            outlives_consumer_timeout(&Settings {
+                task_time_limit: limit,
+                task_acks_late: late,
+                ..Settings::default()
+            })
+        };
+        assert_eq!(outlives(Some(1800.0), None), None);
+        let named =
+            |text: Option<String>, words: &str| text.is_some_and(|text| text.contains(words));
+        assert!(named(
+            outlives(Some(1801.0), None),
+            "task_time_limit is 1801 seconds"
+        ));
+        assert!(named(outlives(None, Some(true)), "no task_time_limit"));
+        // Acknowledged before it runs, nothing waits for its end.
+        assert_eq!(outlives(None, Some(false)), None);
     }
 }
