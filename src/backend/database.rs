@@ -15,8 +15,7 @@ use tokio::sync::OnceCell;
 
 use super::retry::Retrier;
 use super::{
-    Backend, ChordPart, ChordStatus, Claim, Codec, Error, Extended, Meta, Options, ReplyTo,
-    RetryPolicy, Stored, Taken,
+    Backend, Claim, Codec, Error, Extended, Meta, Options, ReplyTo, RetryPolicy, Stored, Taken,
 };
 use crate::database::connection::on;
 use crate::database::{Database, DatabaseUrl};
@@ -29,10 +28,6 @@ const READ: &str = "read the result";
 
 /// Celery's columns are 155 characters wide.
 const WIDTH: usize = 155;
-
-const NO_CHORDS: Error = Error::Unsupported(
-    "the database result backend does not count the parts of a chord; celery.chord_unlock does",
-);
 
 /// The database backend.
 pub struct DatabaseBackend {
@@ -511,28 +506,12 @@ impl Backend for DatabaseBackend {
         self.retrier.run(attempt).await.map(|_| ())
     }
 
-    async fn chord_start(&self, _: &str, _: u64) -> Result<(), Error> {
-        Err(NO_CHORDS)
-    }
-
-    async fn chord_part(&self, _: &ChordPart<'_>) -> Result<ChordStatus, Error> {
-        Err(NO_CHORDS)
-    }
-
-    async fn chord_extend(&self, _: &str, _: &Claim) -> Result<bool, Error> {
-        Err(NO_CHORDS)
-    }
-
     async fn chord_take(&self, group_id: &str) -> Result<Taken, Error> {
         self.take_chord(group_id).await
     }
 
     async fn chord_done(&self, group_id: &str, claim: &Claim) -> Result<(), Error> {
         self.end_chord(group_id, claim).await
-    }
-
-    async fn chord_fail(&self, _: &str) -> Result<(), Error> {
-        Err(NO_CHORDS)
     }
 
     async fn save_group(&self, group_id: &str, tuple: &Value) -> Result<(), Error> {

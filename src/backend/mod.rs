@@ -190,7 +190,12 @@ impl Default for Options {
     }
 }
 
-/// A place for results.
+const NO_CHORDS: Error = Error::Unsupported(
+    "this result backend does not count the parts of a chord; a redis:// one does",
+);
+
+/// A place for results. One whose [`Backend::supports_chords`] is false leaves out what counts
+/// the parts of a chord.
 #[async_trait]
 pub trait Backend: Send + Sync {
     /// Stores a state, retrying while the backend is away. Never replaces a success.
@@ -203,14 +208,20 @@ pub trait Backend: Send + Sync {
     async fn forget(&self, task_id: &str) -> Result<(), Error>;
 
     /// Says how many parts a chord has, before the last of them is published.
-    async fn chord_start(&self, group_id: &str, size: u64) -> Result<(), Error>;
+    async fn chord_start(&self, _group_id: &str, _size: u64) -> Result<(), Error> {
+        Err(NO_CHORDS)
+    }
 
     /// Counts a part that has returned; each part counts once, however often it returns.
-    async fn chord_part(&self, part: &ChordPart<'_>) -> Result<ChordStatus, Error>;
+    async fn chord_part(&self, _part: &ChordPart<'_>) -> Result<ChordStatus, Error> {
+        Err(NO_CHORDS)
+    }
 
     /// Renews a claim before the body is published. False when it was lost: somebody else
     /// finishes the chord.
-    async fn chord_extend(&self, group_id: &str, claim: &Claim) -> Result<bool, Error>;
+    async fn chord_extend(&self, _group_id: &str, _claim: &Claim) -> Result<bool, Error> {
+        Err(NO_CHORDS)
+    }
 
     /// Claims the end of a chord whose parts are not counted, before its body is published.
     async fn chord_take(&self, _group_id: &str) -> Result<Taken, Error> {
@@ -218,10 +229,14 @@ pub trait Backend: Send + Sync {
     }
 
     /// Forgets a chord whose body is published.
-    async fn chord_done(&self, group_id: &str, claim: &Claim) -> Result<(), Error>;
+    async fn chord_done(&self, _group_id: &str, _claim: &Claim) -> Result<(), Error> {
+        Err(NO_CHORDS)
+    }
 
     /// Gives a chord up whose body failed, so that no late part finishes it.
-    async fn chord_fail(&self, group_id: &str) -> Result<(), Error>;
+    async fn chord_fail(&self, _group_id: &str) -> Result<(), Error> {
+        Err(NO_CHORDS)
+    }
 
     /// Keeps a group's result tuple.
     async fn save_group(&self, group_id: &str, tuple: &Value) -> Result<(), Error>;

@@ -14,18 +14,11 @@ use futures::future::{BoxFuture, Shared};
 use serde_json::{Map, Value};
 
 use super::retry::Retrier;
-use super::{
-    Backend, ChordPart, ChordStatus, Claim, Codec, Error, Meta, Options, ReplyTo, RetryPolicy,
-    Stored,
-};
+use super::{Backend, Codec, Error, Meta, Options, ReplyTo, RetryPolicy, Stored};
 use crate::protocol::envelope::{Envelope, Properties};
 use crate::transport::{self, Channel, Exchange, Publication, Transport};
 
 const STORE: &str = "store the result";
-
-const NO_CHORDS: Error = Error::Unsupported(
-    "the rpc result backend cannot count the parts of a chord; use redis:// as result backend",
-);
 
 /// A channel that is open or being opened; several results wait for the same one.
 type Opening = Shared<BoxFuture<'static, Result<Arc<dyn Channel>, Arc<transport::Error>>>>;
@@ -136,26 +129,6 @@ impl Backend for Rpc {
 
     async fn forget(&self, _: &str) -> Result<(), Error> {
         Ok(())
-    }
-
-    async fn chord_start(&self, _: &str, _: u64) -> Result<(), Error> {
-        Err(NO_CHORDS)
-    }
-
-    async fn chord_part(&self, _: &ChordPart<'_>) -> Result<ChordStatus, Error> {
-        Err(NO_CHORDS)
-    }
-
-    async fn chord_extend(&self, _: &str, _: &Claim) -> Result<bool, Error> {
-        Err(NO_CHORDS)
-    }
-
-    async fn chord_done(&self, _: &str, _: &Claim) -> Result<(), Error> {
-        Err(NO_CHORDS)
-    }
-
-    async fn chord_fail(&self, _: &str) -> Result<(), Error> {
-        Err(NO_CHORDS)
     }
 
     async fn save_group(&self, _: &str, _: &Value) -> Result<(), Error> {
