@@ -299,10 +299,10 @@ impl Core {
             if sweeper.since.elapsed() < SWEEP {
                 return Ok(());
             }
-            return self.sweep_locked().await;
+            return self.restore_overdue().await;
         }
         *other = None;
-        let swept = self.sweep_locked().await;
+        let swept = self.restore_overdue().await;
         if self.scripted {
             let mut unlock = self.scripts.unlock.call([&*self.keys.mutex].into_iter());
             unlock.arg(&token);
@@ -318,7 +318,8 @@ impl Core {
         swept
     }
 
-    async fn sweep_locked(&self) -> Result<(), Error> {
+    /// Safe beside another sweep: a delivery moves only while its score is the one that was read.
+    async fn restore_overdue(&self) -> Result<(), Error> {
         let limit = now().saturating_sub(self.options.visibility_timeout.as_micros() as u64);
         let mut read = redis::cmd("ZREVRANGEBYSCORE");
         read.arg(&self.keys.index)
