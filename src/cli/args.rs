@@ -466,9 +466,6 @@ pub(super) struct Worker {
     /// default or fair: both are fair
     #[arg(short = 'O', value_name = "PROFILE", value_parser = ["default", "fair"])]
     pub optimization: Option<String>,
-    /// There is no scheduler here; named so that the error can say what to do instead
-    #[arg(short = 'B', long, hide = true)]
-    pub beat: bool,
     /// Accepted for compatibility: the tasks are built in
     #[arg(short = 'I', long, hide = true, value_name = "MODULES")]
     pub include: Option<String>,

@@ -11,6 +11,7 @@ mod commands;
 mod connect;
 mod control;
 mod dumper;
+mod elsewhere;
 mod events;
 mod inspect;
 mod list;
@@ -45,7 +46,8 @@ pub fn run() -> i32 {
             let mut command = Cli::command();
             // Otherwise an argument cannot be named yet.
             command.build();
-            if let Some(text) = refused::of_environment(&error, &command) {
+            let text = refused::of_environment(&error, &command);
+            if let Some(text) = text.or_else(|| elsewhere::remedy(&error)) {
                 output::print_error(&format!("Error: {text}\n"));
                 return USAGE;
             }

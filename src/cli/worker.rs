@@ -28,9 +28,6 @@ use crate::worker::{rate_limit, shutdown};
 
 /// Runs a worker; returns the exit code.
 pub(super) fn run(global: &Global, options: &Worker) -> anyhow::Result<i32> {
-    if options.beat {
-        bail!("-B: celeriac has no scheduler; run `celery beat` from Python beside this worker");
-    }
     shutdown::block().context("cannot block signals")?;
     let Loaded { settings, idle, .. } = config::load(&overrides(global, options)?)?;
     check(&settings)?;
