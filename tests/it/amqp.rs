@@ -381,7 +381,7 @@ fn a_quorum_queue_can_be_added_to_a_worker_of_classic_queues() {
     let add = "
 quorum, other = sys.argv[1:]
 def add(name, **options):
-    app.control.broadcast('add_consumer', {'queue': name, **options}, reply=True, timeout=3, limit=1)
+    app.control.broadcast('add_consumer', {'queue': name, **options}, reply=True, timeout=60, limit=1)
 later = app.send_task('test_task', args=['later'], queue=QUEUE, countdown=600)
 add(quorum, queue_arguments={'x-queue-type': 'quorum'})
 add(other)
@@ -449,8 +449,8 @@ with app.connection() as connection:
         heard.append(event['hostname'])
         receiver.should_stop = len(set(heard)) == 2
     receiver = app.events.Receiver(connection.channel(), handlers={'worker-heartbeat': note})
-    receiver.capture(limit=None, timeout=30)
-pongs = app.control.ping(timeout=5, limit=2)
+    receiver.capture(limit=None, timeout=60)
+pongs = app.control.ping(timeout=60, limit=2)
 answer([again, sorted(set(heard)), len(pongs)])
 ";
 
@@ -570,7 +570,7 @@ fn a_queue_that_is_there_with_other_attributes_is_pointed_out() {
     // It costs a worker that has other queues nothing.
     let worker = broker.worker().start();
     let add = "
-answer(app.control.broadcast('add_consumer', {'queue': sys.argv[1]}, reply=True, timeout=5, limit=1))
+answer(app.control.broadcast('add_consumer', {'queue': sys.argv[1]}, reply=True, timeout=60, limit=1))
 ";
     worker.ask(add, &[&queue]);
     worker.wait_log(&format!("Cannot consume from {queue}"));

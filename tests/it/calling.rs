@@ -90,10 +90,7 @@ fn times_are_shown_in_the_zone_of_the_settings(broker: &Broker) {
         super::support::raw::set_embed(&mut linked, &embed);
         raw.push_envelope(&linked);
         let scheduled = wait_for("both ETA tasks", Duration::from_secs(20), || {
-            let scheduled = worker.ask(
-                "answer(next(iter(app.control.inspect(timeout=3).scheduled().values())))",
-                &[],
-            );
+            let scheduled = worker.ask("answer(next(iter(inspect.scheduled().values())))", &[]);
             (scheduled.as_array()?.len() == 2).then_some(scheduled)
         });
         for entry in scheduled.as_array().unwrap() {
@@ -118,10 +115,7 @@ on_brokers!(a_task_that_waits_for_its_eta_is_shown_found_revoked_and_run);
 fn a_task_that_waits_for_its_eta_is_shown_found_revoked_and_run(broker: &Broker) {
     let worker = broker.worker().start();
     let mut raw = broker.raw(&worker.queue);
-    let ask = |script: &str, id: &str| {
-        let script = format!("inspect = app.control.inspect(timeout=3)\n{script}");
-        worker.ask(&script, &[id])
-    };
+    let ask = |script: &str, id: &str| worker.ask(script, &[id]);
     let far = json!({"eta": "2999-01-01T00:00:00+02:00", "custom": {"a": [1, 2.5]}});
     let revoked = raw.send_with("test_task", json!([{"deep": ["ä", null]}]), &far);
     let soon = chrono::Utc::now() + Duration::from_secs(4);
@@ -135,7 +129,7 @@ fn a_task_that_waits_for_its_eta_is_shown_found_revoked_and_run(broker: &Broker)
     assert_eq!(found[&revoked][0], "scheduled", "{found}");
     assert_eq!(found[&revoked][1]["args"], json!([{"deep": ["ä", null]}]));
     let told = ask(
-        "answer(app.control.terminate(sys.argv[1], reply=True, timeout=3)[0])",
+        "answer(app.control.terminate(sys.argv[1], reply=True, timeout=60, limit=1)[0])",
         &revoked,
     );
     let told = told[&worker.node]["ok"].as_str().unwrap().to_owned();
@@ -294,7 +288,7 @@ fn chords_are_joined_on_result_backends_that_cannot_count(broker: &Broker) {
         worker.ask(
             "
 ask = lambda **kw: next(iter(app.control.broadcast('registered', arguments=kw, reply=True,
-                                                   timeout=3)[0].values()))
+                                                   limit=1, timeout=60)[0].values()))
 answer([ask(taskinfoitems=[]), ask(taskinfoitems=[], builtins=True)])
 ",
             &[],
@@ -324,7 +318,8 @@ fn a_late_task_that_fails_or_takes_too_long_is_settled_as_the_settings_say(broke
         let worker = worker
             .concurrency(1)
             .env("CELERY_TASK_ACKS_LATE", "true")
-            .env("CELERY_TASK_TIME_LIMIT", "1")
+            // The second run has to end within it.
+            .env("CELERY_TASK_TIME_LIMIT", "4")
             .start();
         let mut raw = broker.raw(&worker.queue);
         let failed = raw.send("test_task", json!([]));
@@ -360,13 +355,15 @@ fn a_lost_child_is_a_retry_where_the_settings_say_so(broker: &Broker) {
         .worker()
         .concurrency(1)
         .env("CELERY_TASK_RETRY_ON_WORKER_LOST", "true")
+        // Long enough to see the state, which ends with the pause.
+        .env("ANALYSIS_RETRY_BACKOFF", "8")
+        .env("ANALYSIS_RETRY_JITTER", "0")
         .start();
     let (url, gate) = git.gated(&repository);
     let mut raw = broker.raw(&worker.queue);
     let id = raw.send("analyze_repo_task", json!([1, url]));
     gate.wait_arrivals(1);
-    let inspect =
-        "answer(next(iter(app.control.inspect(timeout=3).active().values()))[0]['worker_pid'])";
+    let inspect = "answer(next(iter(inspect.active().values()))[0]['worker_pid'])";
     let child = worker.ask(inspect, &[]).as_i64().unwrap();
     let child = nix::unistd::Pid::from_raw(i32::try_from(child).unwrap());
     nix::sys::signal::kill(child, nix::sys::signal::Signal::SIGKILL).unwrap();
@@ -395,7 +392,7 @@ values = [datetime(2024, 1, 2, 3, 4, 5, 6, seoul), datetime(2024, 1, 2, 3, 4, tz
           bytes([255, 0]), uuid.UUID('02fbfa3d-a302-4e33-815e-c58fbf8e6123'), None, True, 1e300, -0.0,
           2**70, '안녕 \\U0001f980 \\x00 \\u2028', {'ä': [date(2024, 1, 2), {}]}, [[[]], '\\'\"']]
 sent = [(value, app.send_task('test_task', args=(value,), queue=QUEUE)) for value in values]
-found = [(f'celeriac received: {loads(dumps(value))}', result.get(timeout=60)) for value, result in sent]
+found = [(f'celeriac received: {loads(dumps(value))}', result.get(timeout=200)) for value, result in sent]
 answer([len(found), [pair for pair in found if pair[0] != pair[1]]])
 ";
 
@@ -403,7 +400,7 @@ answer([len(found), [pair for pair in found if pair[0] != pair[1]]])
 const LARGE: &str = "
 text = 'ß' * (25 << 20)
 large = app.send_task('test_task', args=(text,), queue=QUEUE, argsrepr='large', compression='zlib')
-assert large.get(timeout=100) == 'celeriac received: ' + text
+assert large.get(timeout=200) == 'celeriac received: ' + text
 answer(len(text.encode()))
 ";
 

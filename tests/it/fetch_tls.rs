@@ -161,5 +161,5 @@ fn interrupt_ends_a_stalled_handshake() {
             })
         })
         .min();
-    assert!(best < Some(Duration::from_millis(200)), "{best:?}");
+    assert!(best < Some(Duration::from_secs(1)), "{best:?}");
 }

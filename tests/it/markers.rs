@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::secrets::{KEY, OTHER_KEY, encrypt, repository, text};
-use crate::support::{GitServer, Raw, RedisServer, Worker, services, wait_for};
+use crate::support::{GitServer, Raw, RedisServer, Worker, fixed_port, services, wait_for};
 
 const TASK: &str = "analyze_repo_task";
 
@@ -113,10 +113,8 @@ answer(seen)
 
 impl Flower {
     fn start(worker: &Worker) -> Flower {
-        // Flower cannot choose a port itself; nobody else asks for this one meanwhile.
-        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = free.local_addr().unwrap().port();
-        drop(free);
+        // Flower cannot choose a port itself.
+        let port = fixed_port();
         let python = worker.python().env("FLOWER_UNAUTHENTICATED_API", "true");
         let process = python.spawn(&[
             "-m",
@@ -129,11 +127,13 @@ impl Flower {
         ]);
         wait_for("Flower", Duration::from_secs(40), || {
             let mut stream = std::net::TcpStream::connect(("127.0.0.1", port)).ok()?;
-            let request = "GET /healthcheck HTTP/1.0\r\n\r\n";
+            // It knows the worker when it has heard one of its events.
+            let request = "GET /workers?json=1 HTTP/1.0\r\n\r\n";
             std::io::Write::write_all(&mut stream, request.as_bytes()).ok()?;
             let mut reply = String::new();
             std::io::Read::read_to_string(&mut stream, &mut reply).ok()?;
-            reply.contains("200 OK").then_some(())
+            let knows = reply.contains("200 OK") && reply.contains(&worker.node);
+            knows.then_some(())
         });
         Flower {
             port,
@@ -168,7 +168,7 @@ fn printed(worker: &Worker, words: &[&str]) -> Vec<u8> {
 /// The child of the one task that runs.
 fn busy_child(worker: &Worker) -> i32 {
     let started = worker.ask(
-        "answer([t['worker_pid'] for n in app.control.inspect(timeout=3).active().values() for t in n])",
+        "answer([t['worker_pid'] for n in inspect.active().values() for t in n])",
         &[],
     );
     i32::try_from(started[0].as_i64().expect("its child")).unwrap()
@@ -325,8 +325,8 @@ fn a_token_is_seen_nowhere_whatever_becomes_of_its_task() {
     // Limits, revocation and death, with the tokens in use while everybody is asked.
     let mut held = Vec::new();
     for (name, headers) in [
-        ("soft", json!({"timelimit": [null, 6]})),
-        ("hard", json!({"timelimit": [6, null]})),
+        ("soft", json!({"timelimit": [null, 20]})),
+        ("hard", json!({"timelimit": [20, null]})),
         ("crash", json!({})),
     ] {
         let (url, gate) = git.gated(&repository);
@@ -345,7 +345,7 @@ fn a_token_is_seen_nowhere_whatever_becomes_of_its_task() {
     worker.wait_log(&later);
     found.extend(processes(&worker, &markers));
     let inspected = worker.ask(
-        "inspect = app.control.inspect(timeout=3)\nids = sys.argv[1:]\n\
+        "ids = sys.argv[1:]\n\
          asked = {name: getattr(inspect, name)() for name in ('active', 'reserved', 'scheduled', \
          'stats', 'registered', 'revoked', 'report', 'active_queues', 'conf', 'clock')}\n\
          asked['query_task'] = inspect.query_task(*ids)\n\
@@ -532,7 +532,7 @@ fn a_token_is_seen_nowhere_over_rabbitmq_either() {
         held,
     ];
     let script = "
-import threading
+import threading, time
 token, *urls = sys.argv[1:]
 events = []
 def listen():
@@ -543,12 +543,13 @@ def listen():
 ready = threading.Event()
 threading.Thread(target=listen, daemon=True).start()
 ready.wait(20)
+# It listens once it has heard a heartbeat.
+while not events: time.sleep(0.05)
 sent = [app.send_task('analyze_repo_task', args=[n, url, token], queue=QUEUE) for n, url in enumerate(urls)]
 sent.append(app.send_task('analyze_repo_task', kwargs={'user_id': 9, 'repo_url': urls[4], 'user_github_token': token}, queue=QUEUE))
 sent.append(app.send_task('analyze_repo_task', args=[9, urls[4], token, 'more'], queue=QUEUE))
 sent.append(app.send_task('no_such_task', args=[token], queue=QUEUE))
-import time
-inspect, active = app.control.inspect(timeout=3), None
+active = None
 while not any((active or {}).values()):
     active = inspect.active()
 shown = [repr(getattr(inspect, name)()) for name in ('active', 'reserved', 'scheduled', 'stats', 'conf', 'report')]

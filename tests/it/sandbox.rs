@@ -26,7 +26,15 @@ fn canary(worker: &Worker) -> Value {
             Some(std::fs::read_dir(clones).ok()?.flatten().next()?.path())
         },
     );
-    let pid = worker.descendants()[0];
+    // Its second thread is started after the sandbox is closed, and then the first waits for work.
+    let waits = |pid: &u32| {
+        let threads = std::fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        threads > 1 && stat.contains(") S ")
+    };
+    let pid = wait_for("an idle child", Duration::from_secs(10), || {
+        worker.descendants().into_iter().find(waits)
+    });
     let output = Command::new(python::interpreter())
         .arg(project().join("tests/it/scripts/canary.py"))
         .args([pid.to_string(), worker.pid().to_string(), port.to_string()])

@@ -55,12 +55,14 @@ fn a_python_client_gets_progress_result_and_rows(broker: &Broker) {
     );
     let id = id.as_str().unwrap();
     gate.wait_arrivals(1);
-    let seen = worker.ask(
-        "from features.v1.github_analysis.worker_tasks import get_task_status\n\
-         answer(get_task_status(sys.argv[1]))",
-        &[id],
-    );
-    assert_eq!(seen["status"], "PROGRESS");
+    let seen = wait_for("the state PROGRESS", Duration::from_secs(20), || {
+        let seen = worker.ask(
+            "from features.v1.github_analysis.worker_tasks import get_task_status\n\
+             answer(get_task_status(sys.argv[1]))",
+            &[id],
+        );
+        (seen["status"] == "PROGRESS").then_some(seen)
+    });
     assert!(
         seen["info"]["status"].as_str().unwrap().contains('%'),
         "{seen}"
@@ -93,12 +95,12 @@ fn time_limits_of_settings_options_and_messages_end_a_task_and_free_its_slot(bro
     let hard = broker
         .worker()
         .concurrency(1)
-        .env("CELERY_TASK_TIME_LIMIT", "1")
+        .env("CELERY_TASK_TIME_LIMIT", "4")
         .start();
     let soft = broker
         .worker()
         .concurrency(1)
-        .option("--soft-time-limit=1")
+        .option("--soft-time-limit=4")
         .option("--time-limit=60")
         .start();
     let (url, _never_opened) = server.gated(&repository);
@@ -111,7 +113,7 @@ fn time_limits_of_settings_options_and_messages_end_a_task_and_free_its_slot(bro
 
     let meta = raw.wait(&by_setting);
     assert_eq!(meta["result"]["exc_type"], "TimeLimitExceeded", "{meta}");
-    assert_eq!(meta["result"]["exc_message"], json!([1]));
+    assert_eq!(meta["result"]["exc_message"], json!([4]));
     let meta = other.wait(&by_option);
     assert_eq!(
         meta["result"]["exc_type"], "SoftTimeLimitExceeded",
@@ -127,11 +129,11 @@ fn time_limits_of_settings_options_and_messages_end_a_task_and_free_its_slot(bro
     }
     assert!(
         hard.log()
-            .contains("Hard time limit (1s) exceeded for analyze_repo_task")
+            .contains("Hard time limit (4s) exceeded for analyze_repo_task")
     );
     assert!(
         soft.log()
-            .contains("Soft time limit (1s) exceeded for analyze_repo_task")
+            .contains("Soft time limit (4s) exceeded for analyze_repo_task")
     );
 }
 
@@ -187,7 +189,9 @@ fn a_child_that_dies_is_a_failure_or_goes_back_as_the_settings_say(broker: &Brok
             assert_eq!(meta["result"]["exc_type"], "WorkerLostError");
         }
         raw.wait_drained();
-        assert_eq!(raw.quarantined(), usize::from(deaths == 3));
+        wait_for("what is set aside", Duration::from_secs(20), || {
+            (raw.quarantined() == usize::from(deaths == 3)).then_some(())
+        });
         let next = raw.send("analyze_repo_task", json!([1, url]));
         assert_eq!(raw.value(&next)["total_contributors"], 2);
         raw.wait_drained();

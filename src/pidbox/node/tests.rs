@@ -65,7 +65,7 @@ async fn cluster() -> (Server, Mailbox) {
     (server, mailbox)
 }
 
-/// A request to all, which waits for its whole time.
+/// A request to all, which waits for its whole time, and nobody has to come in time.
 fn brief(method: &str) -> Request {
     Request {
         timeout: Duration::from_millis(100),
@@ -73,9 +73,18 @@ fn brief(method: &str) -> Request {
     }
 }
 
+/// The same, with time for every answer.
+fn patient(method: &str) -> Request {
+    Request {
+        timeout: Duration::from_secs(5),
+        ..Request::new(method)
+    }
+}
+
 async fn one(mailbox: &Mailbox, request: Request) -> Value {
     let request = Request {
         destination: Some(vec!["worker1@example".to_owned()]),
+        timeout: Duration::from_secs(60),
         ..request
     };
     let replies = mailbox.call(&request).await.expect("asks");
@@ -90,7 +99,7 @@ async fn all_nodes_answer_a_broadcast_until_the_timeout() {
     let channel = server.channel().await;
     let requests = Addresses::default().node_queue("ear@example");
     let mut ear = Ear::on(channel, &requests, "").await;
-    let mut replies = mailbox.call(&brief("ping")).await.expect("asks");
+    let mut replies = mailbox.call(&patient("ping")).await.expect("asks");
     replies.sort_by(|one, other| one.node.cmp(&other.node));
     let pong = |node: &str| Reply {
         node: node.to_owned(),
@@ -122,19 +131,20 @@ async fn destination_pattern_and_limit_choose_who_answers() {
         one(&mailbox, Request::new("ping")).await,
         json!({"ok": "pong"})
     );
-    for (pattern, matcher, expected) in [
-        ("*2@*", "glob", 1),
-        ("worker", "pcre", 2),
-        ("nobody", "glob", 0),
-        ("x", "soundex", 0),
-    ] {
-        let pattern = Some((pattern.to_owned(), matcher.to_owned()));
+    let chosen = async |pattern: &str, matcher: &str| {
         let request = Request {
-            pattern,
-            ..brief("ping")
+            pattern: Some((pattern.to_owned(), matcher.to_owned())),
+            ..patient("ping")
         };
-        assert_eq!(mailbox.call(&request).await.expect("asks").len(), expected);
-    }
+        mailbox.call(&request).await.expect("asks").len()
+    };
+    let chosen = tokio::join!(
+        chosen("*2@*", "glob"),
+        chosen("worker", "pcre"),
+        chosen("nobody", "glob"),
+        chosen("x", "soundex"),
+    );
+    assert_eq!(chosen, (1, 2, 0, 0));
     let request = Request {
         limit: Some(1),
         timeout: Duration::from_secs(60),
@@ -165,12 +175,8 @@ async fn commands_that_fail_answer_with_pythons_repr() {
             "{method}"
         );
     }
-    let slow = Request {
-        timeout: Duration::from_secs(60),
-        ..Request::new("slow")
-    };
     assert_eq!(
-        one(&mailbox, slow).await["error"],
+        one(&mailbox, Request::new("slow")).await["error"],
         "TimeoutError('slow took longer than 50ms')"
     );
     assert_eq!(
@@ -241,18 +247,20 @@ async fn replies(body: &str, headers: Value) -> Vec<Envelope> {
 async fn a_stale_request_is_not_executed() {
     let body =
         r#"{"method":"ping","reply_to":{"exchange":"reply.celery.pidbox","routing_key":"r"}}"#;
+    let mut alone = Alone::new().await;
     let now = super::unix_time();
-    assert_eq!(replies(body, json!({"expires": now + 1.0})).await.len(), 1);
-    assert_eq!(replies(body, json!({"expires": 0})).await.len(), 1);
-    assert_eq!(
-        replies(body, json!({"expires": now - 2.0})).await.len(),
-        1,
-        "clocks differ"
-    );
-    assert_eq!(
-        replies(body, json!({"expires": now - 300.0})).await.len(),
-        0
-    );
+    for expires in [
+        json!(now + 60.0),
+        json!(0),
+        // Clocks differ.
+        json!(now - 2.0),
+        json!(now - 300.0),
+    ] {
+        let headers = json!({"expires": expires});
+        alone.answer(body.as_bytes(), headers).await;
+    }
+    // The last one is too old.
+    assert_eq!(alone.replies().await.len(), 3);
 }
 
 #[tokio::test]

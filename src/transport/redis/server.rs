@@ -16,7 +16,7 @@ use crate::transport::url::BrokerUrl;
 use crate::transport::{Channel, Delivery, Exchange, Publication, Queue, Transport};
 
 /// Nothing in a test takes longer.
-pub(crate) const DEADLINE: Duration = Duration::from_secs(10);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 
 /// A redis-server of one's own on a free port.
 pub(crate) struct Server {
@@ -30,6 +30,16 @@ impl Server {
     }
 
     pub(crate) async fn start_with(arguments: &[&str]) -> Self {
+        // Somebody else may take the port between our look and its bind.
+        for _ in 0..5 {
+            if let Some(server) = Self::try_start(arguments).await {
+                return server;
+            }
+        }
+        panic!("redis-server ends at once: {arguments:?}");
+    }
+
+    async fn try_start(arguments: &[&str]) -> Option<Self> {
         let port = TcpListener::bind("127.0.0.1:0")
             .unwrap()
             .local_addr()
@@ -48,16 +58,26 @@ impl Server {
             .stdout(Stdio::null())
             .spawn()
             .expect("redis-server is needed: apt-get install redis-server");
-        let server = Self { child, port };
+        let mut server = Self { child, port };
         let started = Instant::now();
-        while tokio::net::TcpStream::connect(("127.0.0.1", port))
-            .await
-            .is_err()
-        {
+        while server.answers().await != Some(server.child.id()) {
+            if server.child.try_wait().unwrap().is_some() {
+                return None;
+            }
             assert!(started.elapsed() < DEADLINE, "redis-server does not start");
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        server
+        Some(server)
+    }
+
+    /// The process id of who answers at the port.
+    async fn answers(&self) -> Option<u32> {
+        let url = format!("redis://127.0.0.1:{}/0", self.port);
+        let client = redis::Client::open(url).unwrap();
+        let mut connection = client.get_multiplexed_async_connection().await.ok()?;
+        let mut info = redis::cmd("INFO");
+        let info: redis::InfoDict = info.arg("server").query_async(&mut connection).await.ok()?;
+        info.get("process_id")
     }
 
     pub(crate) fn transport(&self) -> RedisTransport {

@@ -80,13 +80,13 @@ impl Gate {
         let (state, changed) = &*self.0;
         let state = state.lock().expect("the gate");
         let (state, _) = changed
-            .wait_timeout_while(state, Duration::from_secs(30), |state| {
+            .wait_timeout_while(state, Duration::from_secs(60), |state| {
                 state.arrived < count
             })
             .expect("the gate");
         assert!(
             state.arrived >= count,
-            "{} of {count} requests reached the git server within 30 s",
+            "{} of {count} requests reached the git server within a minute",
             state.arrived
         );
     }

@@ -45,13 +45,13 @@ impl Python {
         self
     }
 
-    /// Runs a script to its end, at most two minutes, and returns what it gave to `answer`.
+    /// Runs a script to its end, at most four minutes, and returns what it gave to `answer`.
     /// The arguments are its `sys.argv[1:]`.
     #[track_caller]
     pub fn run(&self, script: &str, arguments: &[&str]) -> Value {
         let output = self
             .command("timeout")
-            .args(["--kill-after=5", "120"])
+            .args(["--kill-after=5", "240"])
             .arg(interpreter())
             .args(["-c", &format!("{PRELUDE}{script}")])
             .args(arguments)

@@ -17,7 +17,7 @@ use super::rabbit_api::RabbitApi;
 use super::wait_for;
 
 /// How long a result may take on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(40);
+const PATIENCE: Duration = Duration::from_secs(90);
 
 /// One queue of one broker, and one Redis with results, which may be away for a while.
 pub struct Raw {

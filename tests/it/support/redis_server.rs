@@ -1,6 +1,6 @@
 //! A Redis of one test's own, to be stopped, killed and started again under its clients.
 
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -40,15 +40,20 @@ impl RedisServer {
             // Installs the package on its way, or fails with the remedy.
             drop(services::redis());
         }
-        let port = fixed_port();
         let mut server = Self {
-            url: format!("redis://127.0.0.1:{port}/0"),
-            port,
+            url: String::new(),
+            port: 0,
             directory: tempfile::tempdir().expect("a temporary directory"),
             options: options.iter().map(|&option| option.to_owned()).collect(),
             process: None,
         };
-        server.restart();
+        // Somebody else may take the port between our look and its bind.
+        let starts = (0..5).any(|_| {
+            server.port = fixed_port();
+            server.url = format!("redis://127.0.0.1:{}/0", server.port);
+            server.launch()
+        });
+        assert!(starts, "redis-server ends at once: {options:?}");
         server
     }
 
@@ -56,7 +61,13 @@ impl RedisServer {
     #[track_caller]
     pub fn restart(&mut self) {
         self.kill();
-        let process = Command::new("redis-server")
+        assert!(self.launch(), "redis-server ends at once");
+    }
+
+    /// Starts it and waits until it answers itself, or has ended.
+    #[track_caller]
+    fn launch(&mut self) -> bool {
+        let mut process = Command::new("redis-server")
             .args([
                 "--bind",
                 "127.0.0.1",
@@ -71,17 +82,20 @@ impl RedisServer {
             .stderr(Stdio::null())
             .spawn()
             .expect("redis-server is installed: apt-get install redis-server");
+        let own = process.id();
+        let what = format!("Redis at {}", self.url);
+        let runs = wait_for(&what, Duration::from_secs(20), || {
+            if process.try_wait().expect("it is our child").is_some() {
+                return Some(false);
+            }
+            let info: redis::InfoDict = redis::cmd("INFO")
+                .arg("server")
+                .query(&mut self.connection().ok()?)
+                .ok()?;
+            (info.get::<u32>("process_id")? == own).then_some(true)
+        });
         self.process = Some(process);
-        wait_for(
-            &format!("Redis at {}", self.url),
-            Duration::from_secs(20),
-            || {
-                TcpStream::connect(("127.0.0.1", self.port)).ok()?;
-                redis::cmd("PING")
-                    .query::<String>(&mut self.connection().ok()?)
-                    .ok()
-            },
-        );
+        runs
     }
 
     /// Ends it as a power cut does.

@@ -71,11 +71,16 @@ impl Worker {
         Python::new(&self.broker, &self.backend, &self.queue)
     }
 
-    /// Runs a Python script with the client of this worker's queue; `QUEUE` is its name.
+    /// Runs a Python script with the client of this worker's queue; `QUEUE` is its name. `inspect`
+    /// asks this worker alone, and so waits no longer than for its answer.
     #[track_caller]
     pub fn ask(&self, script: &str, arguments: &[&str]) -> Value {
-        let script = format!("import os\nQUEUE = os.environ['ANALYSIS_QUEUE']\n{script}");
-        self.python().run(&script, arguments)
+        let script = format!(
+            "import os\nQUEUE = os.environ['ANALYSIS_QUEUE']\n\
+             inspect = app.control.inspect([os.environ['NODE']], timeout=60)\n{script}"
+        );
+        let python = self.python().env("NODE", &self.node);
+        python.run(&script, arguments)
     }
 
     /// The broker's URL.
