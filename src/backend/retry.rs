@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value};
 
+use super::Options;
 use super::error::Error;
 
 /// Celery's retry policy: the pause begins with `start` and grows by `step` up to `max`.
@@ -36,6 +37,17 @@ impl Default for RetryPolicy {
 }
 
 impl RetryPolicy {
+    /// What the options say together: `result_backend_max_retries` goes before
+    /// `result_backend_always_retry`, and that before `retry_policy`.
+    pub(crate) fn of(options: &Options) -> Self {
+        let mut policy = Self::from_options(&options.transport_options);
+        if options.always_retry {
+            policy.max_retries = None;
+        }
+        policy.max_retries = options.max_retries.or(policy.max_retries);
+        policy
+    }
+
     /// The default with what `retry_policy` of the transport options says.
     pub fn from_options(options: &Map<String, Value>) -> Self {
         let mut policy = Self::default();
