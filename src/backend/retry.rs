@@ -174,6 +174,27 @@ mod tests {
         assert_eq!(policy.max_retries, None);
     }
 
+    #[test]
+    fn the_more_particular_setting_decides_how_often() {
+        let given = json!({"retry_policy": {"max_retries": 3}});
+        let given = given.as_object().unwrap();
+        for (policy, always_retry, max_retries, tries) in [
+            (false, false, None, Some(20)),
+            (true, false, None, Some(3)),
+            (true, true, None, None),
+            (true, true, Some(7), Some(7)),
+            (true, false, Some(7), Some(7)),
+        ] {
+            let options = Options {
+                transport_options: if policy { given.clone() } else { Map::new() },
+                always_retry,
+                max_retries,
+                ..Options::default()
+            };
+            assert_eq!(RetryPolicy::of(&options).max_retries, tries, "{options:?}");
+        }
+    }
+
     #[tokio::test]
     async fn tries_are_counted_and_the_last_error_returned() {
         let at_once = RetryPolicy {
