@@ -121,13 +121,7 @@ impl DatabaseBackend {
             .map_err(|error| Error::Url(error.to_string()))?;
         // Celery's database backend retries three times at first; that is too few for a server
         // that restarts.
-        let mut policy = RetryPolicy::from_options(&options.transport_options);
-        if options.always_retry {
-            policy.max_retries = None;
-        }
-        if let Some(most) = options.max_retries {
-            policy.max_retries = Some(most);
-        }
+        let policy = RetryPolicy::of(options);
         Ok(Self {
             database: Database::new(url),
             // Celery ignores the compression here: its columns are read by old clients too.
@@ -508,6 +502,10 @@ impl Backend for DatabaseBackend {
 
     async fn chord_take(&self, group_id: &str) -> Result<Taken, Error> {
         self.take_chord(group_id).await
+    }
+
+    async fn chord_keep(&self, group_id: &str, claim: &Claim) -> Result<bool, Error> {
+        self.keep_chord(group_id, claim).await
     }
 
     async fn chord_done(&self, group_id: &str, claim: &Claim) -> Result<(), Error> {

@@ -152,10 +152,9 @@ pub struct Options {
     pub socket_timeout: Duration,
     /// `redis_socket_connect_timeout`.
     pub connect_timeout: Duration,
-    /// `result_backend_always_retry`: try for ever instead of `result_backend_max_retries`
-    /// times.
+    /// `result_backend_always_retry`: try for ever, unless `max_retries` says how often.
     pub always_retry: bool,
-    /// `result_backend_max_retries` where `always_retry` is off.
+    /// `result_backend_max_retries`.
     pub max_retries: Option<u32>,
     /// `result_extended`: tables of the database backend get the columns for it.
     pub extended: bool,
@@ -226,6 +225,12 @@ pub trait Backend: Send + Sync {
     /// Claims the end of a chord whose parts are not counted, before its body is published.
     async fn chord_take(&self, _group_id: &str) -> Result<Taken, Error> {
         Ok(Taken::First(Claim(String::new())))
+    }
+
+    /// Renews a claim of [`Backend::chord_take`], before the body is published and while that
+    /// takes its time. False when it was lost.
+    async fn chord_keep(&self, _group_id: &str, _claim: &Claim) -> Result<bool, Error> {
+        Ok(true)
     }
 
     /// Forgets a chord whose body is published.

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value};
 
+use super::Options;
 use super::error::Error;
 
 /// Celery's retry policy: the pause begins with `start` and grows by `step` up to `max`.
@@ -36,6 +37,17 @@ impl Default for RetryPolicy {
 }
 
 impl RetryPolicy {
+    /// What the options say together: `result_backend_max_retries` goes before
+    /// `result_backend_always_retry`, and that before `retry_policy`.
+    pub(crate) fn of(options: &Options) -> Self {
+        let mut policy = Self::from_options(&options.transport_options);
+        if options.always_retry {
+            policy.max_retries = None;
+        }
+        policy.max_retries = options.max_retries.or(policy.max_retries);
+        policy
+    }
+
     /// The default with what `retry_policy` of the transport options says.
     pub fn from_options(options: &Map<String, Value>) -> Self {
         let mut policy = Self::default();
@@ -160,6 +172,27 @@ mod tests {
         let for_ever = json!({"retry_policy": {"max_retries": null}});
         let policy = RetryPolicy::from_options(for_ever.as_object().unwrap());
         assert_eq!(policy.max_retries, None);
+    }
+
+    #[test]
+    fn the_more_particular_setting_decides_how_often() {
+        let given = json!({"retry_policy": {"max_retries": 3}});
+        let given = given.as_object().unwrap();
+        for (policy, always_retry, max_retries, tries) in [
+            (false, false, None, Some(20)),
+            (true, false, None, Some(3)),
+            (true, true, None, None),
+            (true, true, Some(7), Some(7)),
+            (true, false, Some(7), Some(7)),
+        ] {
+            let options = Options {
+                transport_options: if policy { given.clone() } else { Map::new() },
+                always_retry,
+                max_retries,
+                ..Options::default()
+            };
+            assert_eq!(RetryPolicy::of(&options).max_retries, tries, "{options:?}");
+        }
     }
 
     #[tokio::test]

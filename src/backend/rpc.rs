@@ -37,11 +37,7 @@ impl Rpc {
     pub fn new(broker: Arc<dyn Transport>, options: &Options) -> Result<Self, Error> {
         // Replies are never compressed: the client's consumer would not look for the marker.
         let codec = Codec::new(&options.serializer, None)?;
-        let policy = RetryPolicy {
-            max_retries: options.max_retries,
-            ..RetryPolicy::default()
-        };
-        let retrier = Retrier::new(policy, "broker");
+        let retrier = Retrier::new(RetryPolicy::of(options), "broker");
         let channel = Mutex::new((0, None));
         Ok(Self {
             broker,

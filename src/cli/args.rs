@@ -5,6 +5,10 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use super::commands;
+use crate::protocol::time::parse_iso;
+
+/// An example in errors.
+const A_TIME: &str = "2027-01-31T12:00:00+09:00";
 
 /// celeriac: a Celery worker that tells who wrote a Git repository, line by line.
 #[derive(Debug, Parser)]
@@ -226,15 +230,21 @@ pub(super) struct Call {
     #[arg(
         long,
         value_name = "ISO8601",
+        value_parser = time,
         help_heading = "Calling Options",
         conflicts_with = "countdown"
     )]
     pub eta: Option<String>,
     /// Not before so many seconds from now
-    #[arg(long, value_name = "SECONDS", help_heading = "Calling Options")]
+    #[arg(long, value_name = "SECONDS", value_parser = seconds, help_heading = "Calling Options")]
     pub countdown: Option<f64>,
     /// Not after this time, or so many seconds from now
-    #[arg(long, value_name = "ISO8601|SECONDS", help_heading = "Calling Options")]
+    #[arg(
+        long,
+        value_name = "ISO8601|SECONDS",
+        value_parser = time_or_seconds,
+        help_heading = "Calling Options"
+    )]
     pub expires: Option<String>,
     /// How the message is written: json, msgpack or yaml
     #[arg(
@@ -257,6 +267,7 @@ pub(super) struct Call {
     #[arg(
         long,
         value_name = "SECONDS",
+        value_parser = seconds,
         requires = "wait",
         help_heading = "Calling Options"
     )]
@@ -284,8 +295,33 @@ pub(super) struct TaskResult {
     #[arg(long)]
     pub traceback: bool,
     /// Wait at most so long
-    #[arg(long, value_name = "SECONDS")]
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     pub timeout: Option<f64>,
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    let number = text
+        .trim()
+        .parse()
+        .ok()
+        .filter(|number: &f64| number.is_finite());
+    number.ok_or_else(|| "not a number of seconds, such as 90 or 1.5".to_owned())
+}
+
+fn time(text: &str) -> Result<String, String> {
+    match parse_iso(text) {
+        Ok(_) => Ok(text.to_owned()),
+        Err(_) => Err(format!("not a time in ISO 8601, such as {A_TIME}")),
+    }
+}
+
+fn time_or_seconds(text: &str) -> Result<String, String> {
+    match seconds(text).is_ok() || parse_iso(text).is_ok() {
+        true => Ok(text.to_owned()),
+        false => Err(format!(
+            "neither a time in ISO 8601, such as {A_TIME}, nor a number of seconds, such as 90"
+        )),
+    }
 }
 
 /// Options of `purge`.

@@ -80,6 +80,11 @@ fn redis_transport(
     if let Some(timeout) = settings.visibility_timeout {
         given.insert("visibility_timeout".to_owned(), Value::from(timeout));
     }
+    // kombu's option of the same meaning says it once more.
+    if seconds(settings.broker_connection_timeout).is_some() {
+        let timeout = given.entry("socket_connect_timeout");
+        timeout.or_insert_with(|| settings.broker_connection_timeout.into());
+    }
     let mut options = RedisOptions::from_json(&given)
         .map_err(|error| anyhow!("CELERY_BROKER_TRANSPORT_OPTIONS: {error}"))?;
     options.node = node.to_owned();
@@ -195,7 +200,12 @@ pub(super) fn backend(
     settings: &Settings,
     transport: &Arc<dyn Transport>,
 ) -> anyhow::Result<Arc<dyn Backend>> {
-    backend_with(settings, transport, RESULT_TRIES)
+    let policy = settings
+        .result_backend_transport_options
+        .get("retry_policy");
+    let given = policy.is_some_and(|policy| policy.get("max_retries").is_some());
+    let usual = !given && !settings.result_backend_always_retry;
+    backend_with(settings, transport, usual.then_some(RESULT_TRIES))
 }
 
 /// The same for a person who waits: what is away is said soon.
@@ -203,13 +213,13 @@ pub(super) fn backend_for_client(
     settings: &Settings,
     transport: &Arc<dyn Transport>,
 ) -> anyhow::Result<Arc<dyn Backend>> {
-    backend_with(settings, transport, CLIENT_TRIES)
+    backend_with(settings, transport, Some(CLIENT_TRIES))
 }
 
 fn backend_with(
     settings: &Settings,
     transport: &Arc<dyn Transport>,
-    tries: u32,
+    tries: Option<u32>,
 ) -> anyhow::Result<Arc<dyn Backend>> {
     let url = match &settings.result_backend {
         Some(url) => url.clone(),
@@ -219,7 +229,7 @@ fn backend_with(
     let asked = settings.result_backend_max_retries;
     let asked = asked.and_then(|tries| u32::try_from(tries).ok());
     let options = backend::Options {
-        max_retries: Some(asked.unwrap_or(tries)),
+        max_retries: asked.or(tries),
         ..backend_options(settings)
     };
     backend::connect(&url, &options, Some(transport.clone())).map_err(|error| match error {

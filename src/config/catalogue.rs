@@ -793,6 +793,32 @@ mod tests {
         assert_eq!(names, ["CELERY_WORKER_POOL"]);
     }
 
+    /// What a test sets it names; that it shows the effect is for who reads it.
+    #[test]
+    fn each_honoured_setting_is_named_by_a_test() {
+        let root = std::env::var("CARGO_MANIFEST_DIR").expect("cargo says where the project is");
+        let mut open = vec![std::path::PathBuf::from(root).join("tests/it")];
+        let mut words = std::collections::HashSet::new();
+        while let Some(path) = open.pop() {
+            if path.is_dir() {
+                let entries = std::fs::read_dir(path).unwrap();
+                open.extend(entries.map(|entry| entry.unwrap().path()));
+                continue;
+            }
+            let bytes = std::fs::read(path).unwrap();
+            let text = String::from_utf8_lossy(&bytes);
+            let parts = text.split(|sign: char| !sign.is_alphanumeric() && sign != '_');
+            words.extend(parts.map(str::to_owned));
+        }
+        for known in CATALOGUE.iter().filter(|known| known.status == Honoured) {
+            let setting = SETTINGS.iter().find(|setting| setting.name == known.name);
+            let short = setting.expect("it has an entry").variables.iter();
+            let variable = format!("CELERY_{}", known.name.to_ascii_uppercase());
+            let mut names = [known.name, &variable].into_iter().chain(short.copied());
+            assert!(names.any(|name| words.contains(name)), "{}", known.name);
+        }
+    }
+
     /// The document, as it has to be.
     fn document() -> String {
         let mut text = String::from(

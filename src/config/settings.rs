@@ -118,7 +118,7 @@ settings! {
     broker_connection_retry_on_startup: Option<bool> = None;
     /// How often a connection is tried before the worker gives up; absent: for ever.
     broker_connection_max_retries: Option<u64> = Some(100);
-    /// In which order the URLs of the failover list are tried: round-robin or shuffle.
+    /// In which order the URLs after the first are tried: round-robin or shuffle.
     broker_failover_strategy: String = text("round-robin");
     /// AMQP heartbeat in seconds; Celery's 120 means 5 here, 0 leaves it to the server.
     broker_heartbeat: f64 = 120.0;
@@ -150,9 +150,11 @@ settings! {
     result_compression: Option<String> = None;
     /// Whether rpc:// results survive a restart of the broker.
     result_persistent: bool = false;
-    /// Whether a result is tried for ever while its backend is away.
+    /// Whether a result is tried for ever while its backend is away, unless
+    /// `result_backend_max_retries` says how often.
     result_backend_always_retry: bool = false;
-    /// How often a result is tried while its backend is away; absent: for five minutes.
+    /// How often a result is tried while its backend is away; absent: as the `retry_policy` of
+    /// `result_backend_transport_options`, else for five minutes.
     result_backend_max_retries: Option<u64> = None;
     /// Seconds a command of the Redis backend may take before its connection is given up.
     redis_socket_timeout: Option<f64> = None;

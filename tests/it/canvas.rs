@@ -147,8 +147,46 @@ answer([AsyncResult(body).get(timeout=100).count('celeriac received: h') for bod
 on_brokers!(the_body_of_a_chord_runs_once_although_workers_are_killed_in_between);
 fn the_body_of_a_chord_runs_once_although_workers_are_killed_in_between(broker: &Broker) {
     // RabbitMQ gives the last part of a chord to another worker the moment its worker is dead. If
-    // that is Python's, it finds the claim of the dead, and forgets the chord.
+    // that is Python's, it finds the claim of the dead, and forgets the chord, as it does among
+    // workers of its own kind.
     chords_through_kills(broker, &broker.results, broker.is_redis());
+}
+
+/// A Python worker that suffers a power cut between its claim of a chord and the body.
+const DIES_WITH_THE_CLAIM: &str = "
+import os, signal
+from celery import Celery
+app = Celery('dies', broker=os.environ['QUEUE_BROKER_URL'],
+             backend=os.environ['CELERY_RESULT_BACKEND'])
+app.conf.update(task_acks_late=True, worker_prefetch_multiplier=1)
+@app.task(name='test_task')
+def test_task(message):
+    return f'celeriac received: {message}'
+app.amqp._retry_publish = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+app.worker_main(['worker', '--pool=solo', '--loglevel=info', '-Q', os.environ['ANALYSIS_QUEUE'],
+                 '-n', 'dies@%h'])
+";
+
+#[test]
+fn a_chord_is_ended_although_a_python_worker_died_with_its_claim() {
+    let broker = Broker::rabbitmq();
+    let queue = unique("q");
+    let client = python::Python::new(&broker.url, &broker.results, &queue);
+    let mut dying = client.spawn(&["-c", DIES_WITH_THE_CLAIM]);
+    let bodies = client.run(&format!("QUEUE = '{queue}'\n{SEND_CHORDS}"), &["2"]);
+    let body = bodies[0].as_str().unwrap();
+    wait_for("its end", Duration::from_secs(60), || {
+        dying.process().try_wait().expect("it is our child")
+    });
+    // RabbitMQ hands out at once what it held.
+    let worker = broker
+        .worker()
+        .queue(&queue)
+        .env("CELERY_TASK_ACKS_LATE", "true")
+        .start();
+    assert_eq!(worker.ask(WAIT_FOR_BODIES, &[body]), json!([2]));
+    let runs = worker.log().matches(&format!("{body}] received")).count();
+    assert_eq!(runs, 1, "{}", worker.log());
 }
 
 #[test]

@@ -237,6 +237,8 @@ fn a_wrong_line_has_celerys_exit_code() {
         "call t --args [",
         "call t --kwargs []",
         "call t --eta soon",
+        "call t --countdown soon",
+        "call t --expires soon",
     ] {
         let (ours, theirs) = (world.ours(line), world.theirs(line));
         assert_eq!(
@@ -250,6 +252,31 @@ fn a_wrong_line_has_celerys_exit_code() {
                 theirs.err.replace("python -m celery ", "celeriac "),
                 "celeriac {line}"
             );
+        }
+    }
+    for (option, wanted) in [
+        (
+            "--eta",
+            "not a time in ISO 8601, such as 2027-01-31T12:00:00",
+        ),
+        ("--countdown", "not a number of seconds, such as 90 or 1.5"),
+        (
+            "--expires",
+            "neither a time in ISO 8601, such as 2027-01-31T12:00:00",
+        ),
+        (
+            "--wait --timeout",
+            "not a number of seconds, such as 90 or 1.5",
+        ),
+    ] {
+        for value in ["tomorrow", "NaN", "2026-02-30T25:00"] {
+            let said = world.ours(&format!("call t {option} {value}"));
+            assert_eq!(said.code, Some(2), "{option} {value}");
+            let name = option.rsplit(' ').next().unwrap();
+            for part in [name, &format!("'{value}'"), wanted] {
+                assert!(said.err.contains(part), "{option} {value}: {}", said.err);
+            }
+            assert!(!said.err.contains("literal"), "{}", said.err);
         }
     }
     for line in ["inspect --list", "control --list"] {

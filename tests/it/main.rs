@@ -81,6 +81,12 @@ mod sandbox;
 mod secrets;
 /// What single settings of Celery change.
 mod settings;
+/// What those about the broker and its queues change.
+mod settings_broker;
+/// What those about results change.
+mod settings_results;
+/// What those about the worker itself change.
+mod settings_worker;
 /// That the test support itself does what the other tests rely on.
 mod support_works;
 /// Chords that a task watches, where the backend cannot count their parts.

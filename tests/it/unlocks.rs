@@ -1,5 +1,8 @@
 //! `celery.chord_unlock` delivered more than once, as when a worker dies before it acknowledges.
 
+use std::sync::Arc;
+
+use celeriac::backend::{self, Backend, Options, Taken};
 use redis::Commands;
 use serde_json::{Value, json};
 
@@ -30,6 +33,51 @@ session.execute(text('INSERT INTO celery_tasksetmeta (id, taskset_id, result, da
 session.commit()
 answer(None)
 ";
+
+/// An hour goes by for a claim.
+const AGE_CLAIM: &str = "
+from datetime import timedelta
+from celery.backends.database.models import TaskSet
+session = app.backend.ResultSession()
+row = session.query(TaskSet.__table__).filter_by(taskset_id='chord-end-' + sys.argv[1]).one()
+session.execute(TaskSet.__table__.update().where(TaskSet.__table__.c.id == row.id).values(
+    date_done=row.date_done - timedelta(hours=1)))
+session.commit()
+answer(None)
+";
+
+#[test]
+fn a_claim_lasts_as_long_as_it_is_renewed() {
+    let postgres = services::postgres();
+    let directory = tempfile::tempdir().unwrap();
+    let sqlite = format!("db+sqlite:///{}/results.db", directory.path().display());
+    let server = postgres
+        .url
+        .replace("postgresql://", "db+postgresql+psycopg2://");
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    for url in [sqlite, server] {
+        let client = Python::new("memory://", &url, "none");
+        let connect = || backend::connect(&url, &Options::default(), None).unwrap();
+        let (one, other) = (connect(), connect());
+        let take = |backend: &Arc<dyn Backend>| runtime.block_on(backend.chord_take("g")).unwrap();
+        let Taken::First(claim) = take(&one) else {
+            panic!("nobody had it before");
+        };
+        let keep = || runtime.block_on(one.chord_keep("g", &claim)).unwrap();
+        // Renewed after its end, but before another wanted it.
+        client.run(AGE_CLAIM, &["g"]);
+        assert!(keep());
+        assert_eq!(take(&other), Taken::Claimed);
+        client.run(AGE_CLAIM, &["g"]);
+        let Taken::Left(theirs) = take(&other) else {
+            panic!("the claim has ended");
+        };
+        assert!(!keep());
+        assert!(runtime.block_on(other.chord_keep("g", &theirs)).unwrap());
+        runtime.block_on(other.chord_done("g", &theirs)).unwrap();
+        assert_eq!(take(&one), Taken::Done);
+    }
+}
 
 fn unlock_message(queue: &str, group: &str, parts: &[String], body: &str) -> Value {
     let callback = json!({"task": "test_task", "args": [], "kwargs": {}, "immutable": false,

@@ -12,7 +12,8 @@
 //! body has a state. What remains is a worker that is killed after the publication and before
 //! the one statement that follows it, while the body stands unfinished in its queue for as long
 //! as the claim lasts: that body runs twice. Celery's own task does so whenever its worker dies
-//! before the acknowledgement.
+//! before the acknowledgement. The same goes for an owner that renews the claim, is then
+//! stopped for as long as it lasts, and publishes afterwards.
 
 use diesel::sql_types::{Binary, Text};
 use diesel_async::RunQueryDsl;
@@ -22,9 +23,10 @@ use crate::backend::{Claim, Error, Taken};
 use crate::database::connection::on;
 
 const TAKE: &str = "claim the chord";
+const KEEP: &str = "keep the claim of the chord";
 const END: &str = "end the chord";
 
-/// How long a claim lasts, in seconds: a broker that is away holds a publication up for 21.
+/// How long a claim lasts that nobody renews, in seconds.
 const PATIENCE: u32 = 60;
 
 const DONE: &str = "done";
@@ -94,6 +96,19 @@ impl DatabaseBackend {
             1 => Ok(Taken::Left(Claim(token.to_owned()))),
             _ => Ok(Taken::Claimed),
         }
+    }
+
+    /// Whether the claim is still there; it lasts its full length from now on.
+    pub(super) async fn keep_chord(&self, group_id: &str, claim: &Claim) -> Result<bool, Error> {
+        let (table, mark) = (&self.names.group, self.mark());
+        let [now, _] = self.clock();
+        let sql = format!(
+            "UPDATE {table} SET date_done = {now} \
+             WHERE taskset_id = {mark}1 AND result = {mark}2"
+        );
+        let (row, values) = (row(group_id), [claim.0.as_str()]);
+        let attempt = || self.change(KEEP, &sql, &row, &values);
+        self.retrier.run(attempt).await.map(|changed| changed == 1)
     }
 
     pub(super) async fn end_chord(&self, group_id: &str, claim: &Claim) -> Result<(), Error> {

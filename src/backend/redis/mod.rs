@@ -83,13 +83,7 @@ impl Redis {
         if !prefix.is_empty() && !prefix.ends_with([':', '_', '-', '.']) {
             prefix.push('_');
         }
-        let mut policy = RetryPolicy::from_options(transport);
-        if options.always_retry {
-            policy.max_retries = None;
-        }
-        if let Some(most) = options.max_retries {
-            policy.max_retries = Some(most);
-        }
+        let policy = RetryPolicy::of(options);
         let expires = options.expires.as_secs();
         let join = match options.chord_join_timeout {
             Duration::ZERO => Duration::from_secs(5),

@@ -272,10 +272,7 @@ impl Link {
             Ok(Err(error)) => Err(self.unreachable(&error)),
             Err(_) => Err(Error::Connection {
                 operation: "connecting to Redis",
-                reason: format!(
-                    "{} did not answer within {:?}",
-                    self.url, self.connect_timeout
-                ),
+                reason: self.silent(),
             }),
         }
     }
@@ -310,11 +307,19 @@ impl Link {
         }
     }
 
+    fn silent(&self) -> String {
+        format!(
+            "{} did not answer within {:?} (broker_connection_timeout)",
+            self.url, self.connect_timeout
+        )
+    }
+
     fn unreachable(&self, error: &RedisError) -> Error {
         let reason = match error.kind() {
             redis::ErrorKind::AuthenticationFailed => {
                 format!("{} refused the user name or password: {error}", self.url)
             }
+            _ if error.is_timeout() => self.silent(),
             _ => format!("{} cannot be reached: {error}", self.url),
         };
         Error::Connection {

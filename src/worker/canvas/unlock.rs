@@ -19,7 +19,7 @@ use super::failure::fail_body;
 use super::freeze::{Options, fresh_id};
 use super::route::{routed, send};
 use super::{invalid, join};
-use crate::backend::Taken;
+use crate::backend::{Claim, Taken};
 use crate::protocol::exception::Exception;
 use crate::protocol::publish::TaskCall;
 use crate::protocol::signature::Signature;
@@ -31,6 +31,9 @@ use crate::worker::request::Request;
 
 /// From the publication of a chord to the first look at its parts, in seconds.
 const FIRST_LOOK: f64 = 1.0;
+
+/// Several fit into the length of a claim.
+const RENEWAL: Duration = Duration::from_secs(15);
 
 /// Publishes the task that will watch a chord, before the first part is published.
 pub(super) async fn watch(
@@ -184,7 +187,10 @@ async fn end(
     };
     // A worker that died, maybe Python's, may have come as far as this.
     let may_be_known = was_left || request.redelivered;
-    if !(may_be_known && body_is_known(worker, body).await) {
+    let work = async {
+        if may_be_known && body_is_known(worker, body).await {
+            return;
+        }
         let failed = match ending {
             Ending::Failed(error, cause) => Some((error, cause)),
             Ending::Joined(values) => {
@@ -200,11 +206,35 @@ async fn end(
         if let Some((error, cause)) = failed {
             fail(worker, origin, watched, error, cause.as_ref()).await;
         }
+    };
+    match while_kept(worker, &watched.group, &claim, work).await {
+        Ok(true) => {}
+        Ok(false) => return later(None),
+        Err(error) => return later(Some(Exception::operational(error.to_string()))),
     }
     if let Err(error) = worker.backend.chord_done(&watched.group, &claim).await {
         log::warn!("Chord {}: {error}", watched.group);
     }
     Verdict::Success(Value::Null)
+}
+
+/// Does what ends a chord and renews its claim meanwhile: a broker or a result backend that is
+/// away holds it up for longer than a claim lasts. False when the claim was lost.
+async fn while_kept(
+    worker: &Worker,
+    group: &str,
+    claim: &Claim,
+    work: impl Future<Output = ()>,
+) -> Result<bool, crate::backend::Error> {
+    let mut work = std::pin::pin!(work);
+    loop {
+        if !worker.backend.chord_keep(group, claim).await? {
+            return Ok(false);
+        }
+        if tokio::time::timeout(RENEWAL, work.as_mut()).await.is_ok() {
+            return Ok(true);
+        }
+    }
 }
 
 async fn fail(

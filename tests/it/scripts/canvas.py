@@ -177,7 +177,10 @@ class Side:
         left = [json.loads(text) for text in texts]
         left += [json.loads(noted)[0] for noted in self.client.hvals("unacked")]
         self.client.delete("unacked", "unacked_index", *self.queues)
-        return {int(PREFIX.match(message["headers"]["root_id"]).group(1)) for message in left}
+        # A root may be a task that a worker made up; what it was made from is in the body.
+        made = re.compile(r"\bc(\d+)-\d{3}\b")
+        return {int(seed) for message in left
+                for seed in made.findall(f"{message['headers']} {Observed.body(message)}")}
 
     def observed(self, lenient):
         messages = {}
@@ -229,11 +232,15 @@ class Observed:
         """The same holds for the root of what a body brings, where each part has its own."""
         if task_id in self.messages:
             embed = self.body(self.messages[task_id][0])[2]
-            parts = [embed.get("chord")] + [(step.get("options") or {}).get("chord")
-                                            for step in embed.get("chain") or []]
-            if any(parts):
+            if embed.get("chord") or any(map(self.counts, embed.get("chain") or [])):
                 return "<part of a chord>"
         return self.parent(task_id)
+
+    def counts(self, step):
+        """Whether the end of a step is one of a chord's parts."""
+        inner = step.get("kwargs") or {}
+        inner = [one for one in [inner.get("body"), *(inner.get("tasks") or [])] if isinstance(one, dict)]
+        return bool((step.get("options") or {}).get("chord")) or any(map(self.counts, inner))
 
     def replaced(self, text):
         return UUID.sub(lambda match: self.label(match.group(0)), text)
