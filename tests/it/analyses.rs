@@ -86,7 +86,7 @@ async fn places() -> Vec<Place> {
         },
     ];
     for place in &places {
-        assert_eq!(place.database.migrate().await.unwrap().len(), 3);
+        assert_eq!(place.database.migrate().await.unwrap().len(), 4);
         assert!(place.database.migrate().await.unwrap().is_empty());
         place.database.ping().await.unwrap();
     }
