@@ -234,8 +234,14 @@ fn two_messages_of_one_id_are_two_tasks_of_their_user_who_is_shown_on_one_line(b
     assert!(worker.log().contains(&shown) && !worker.log().contains("\n[ERROR]"));
     assert_eq!(gate.arrivals(), 0, "the user has one running");
     held.open();
+    // It is another repository, so the first one's answer is not its own.
+    gate.wait_arrivals(1);
+    gate.open();
     raw.wait_drained();
-    assert_eq!(gate.arrivals(), 0, "the first one's answer is stored");
+    let rows = shared.postgres.rows("SELECT repo_url FROM analyses");
+    assert_eq!(rows, [[Some(second)]], "the later request has the row");
+    // As in Celery, where a success is not written over.
+    assert_eq!(raw.value(&id)["repo_url"], json!(first));
 }
 
 on_brokers!(one_users_thousand_tasks_do_not_keep_another_users_first_waiting);
