@@ -346,7 +346,7 @@ settings! {
     user_max_running: u64 = 0, variables = ["USER_MAX_RUNNING"];
     /// Analyses one user may start, such as 10/m; absent: without limit.
     user_rate_limit: Option<String> = None, variables = ["USER_RATE_LIMIT"];
-    /// Seconds in which a stored analysis of the same commit answers; 0: never.
+    /// Seconds in which a stored analysis of the same commit answers; 0: only one that was waited for.
     result_reuse_ttl: f64 = 0.0, variables = ["RESULT_REUSE_TTL"];
     /// Restricts what a child may do: system calls and files.
     sandbox: bool = true, variables = ["SANDBOX"];

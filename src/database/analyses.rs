@@ -2,12 +2,13 @@
 //! about analyses.
 //!
 //! Everything goes by the task's id and may be done twice. A success is final: what comes
-//! after it neither changes its row nor is an error. A success is one transaction: row and
-//! contributors appear together or not at all.
+//! after it neither changes its row nor is an error, unless the id was given to another request
+//! (another user's, or for another repository), which takes the row over. A success is one
+//! transaction: row and contributors appear together or not at all.
 
 use chrono::{DateTime, Utc};
 use diesel::prelude::*;
-use diesel::sql_types::{Array, BigInt, Bool, Integer, Text};
+use diesel::sql_types::{Array, BigInt, Bool, Integer, Nullable, Text};
 use diesel_async::RunQueryDsl;
 
 use super::connection::{Connection, Database, on};
@@ -47,7 +48,7 @@ pub struct Same<'a> {
 }
 
 impl Database {
-    /// Enters a run as RUNNING, unless its task has succeeded before.
+    /// Enters a run as RUNNING, unless the same request has succeeded before.
     pub async fn begin(&self, run: &Run) -> Result<Begun, Error> {
         let lease = self.lease("enter the analysis").await?;
         let row = Row::running(run);
@@ -226,7 +227,7 @@ impl Database {
 
 /// Inserts or resets the row; `None` when it tells of a success.
 async fn enter(connection: &mut Connection, row: Row) -> QueryResult<Option<i32>> {
-    if insert_if_missing(connection, &row).await? {
+    if insert(connection, &row).await?.is_some() {
         return Ok(Some(1));
     }
     on!(connection, link => diesel::update(analyses::table)
@@ -239,28 +240,43 @@ async fn enter(connection: &mut Connection, row: Row) -> QueryResult<Option<i32>
         .optional())
 }
 
-/// Rows are never deleted while their task runs, so that an insertion that found a row can be
-/// followed by an update without a transaction around them.
-async fn insert_if_missing(connection: &mut Connection, row: &Row) -> QueryResult<bool> {
-    let inserted = on!(connection, link => diesel::insert_into(analyses::table)
+/// Inserts the row unless its request has one, and returns its key. Such a row is never deleted
+/// while the task runs, so that this can be followed by an update without a transaction.
+async fn insert(connection: &mut Connection, row: &Row) -> QueryResult<Option<i64>> {
+    let inserted = insert_if_missing(connection, row).await?;
+    if inserted.is_none() && make_room(connection, row).await? {
+        return insert_if_missing(connection, row).await;
+    }
+    Ok(inserted)
+}
+
+async fn insert_if_missing(connection: &mut Connection, row: &Row) -> QueryResult<Option<i64>> {
+    on!(connection, link => diesel::insert_into(analyses::table)
         .values(row)
         .on_conflict(analyses::task_id)
         .do_nothing()
+        .returning(analyses::id)
+        .get_result(link)
+        .await
+        .optional())
+}
+
+/// Removes the success of another request that had the same id.
+async fn make_room(connection: &mut Connection, row: &Row) -> QueryResult<bool> {
+    let other_user = diesel::dsl::sql::<Bool>("user_id IS DISTINCT FROM ")
+        .bind::<Nullable<Text>, _>(&row.user_id);
+    let removed = on!(connection, link => diesel::delete(analyses::table)
+        .filter(analyses::task_id.eq(&row.task_id))
+        .filter(analyses::state.eq(State::Success.as_str()))
+        .filter(analyses::repo_url.ne(&row.repo_url).or(other_user))
         .execute(link)
         .await)?;
-    Ok(inserted > 0)
+    Ok(removed > 0)
 }
 
 /// Writes the row of a success over everything but a success, and returns its key.
 async fn replace(connection: &mut Connection, row: Row) -> QueryResult<Option<i64>> {
-    let inserted = on!(connection, link => diesel::insert_into(analyses::table)
-        .values(&row)
-        .on_conflict(analyses::task_id)
-        .do_nothing()
-        .returning(analyses::id)
-        .get_result::<i64>(link)
-        .await
-        .optional())?;
+    let inserted = insert(connection, &row).await?;
     if inserted.is_some() {
         return Ok(inserted);
     }
@@ -276,7 +292,7 @@ async fn replace(connection: &mut Connection, row: Row) -> QueryResult<Option<i6
 
 /// Writes the end of a run, unless it tells of a success.
 async fn end(connection: &mut Connection, row: Row) -> QueryResult<bool> {
-    if insert_if_missing(connection, &row).await? {
+    if insert(connection, &row).await?.is_some() {
         return Ok(true);
     }
     let changed = on!(connection, link => diesel::update(analyses::table)

@@ -1,4 +1,5 @@
-//! PostgreSQL, or the embedded SQLite: what became of every analysis, and users' tokens.
+//! PostgreSQL, or the embedded SQLite: what became of every analysis, users' tokens, and what runs
+//! now where no broker counts it.
 //!
 //! One analysis is one row in `analyses`, found by its task's id, and one row for each
 //! contributor. What a task does to them is idempotent, because a message may be delivered
@@ -11,7 +12,7 @@
 //! again can help ([`Error::is_transient`]); the caller decides how often.
 //!
 //! Files in the order to open them: `url`, `connection`, `migrate`, `schema`, `models`,
-//! `analyses`, `cipher`, `tokens`.
+//! `analyses`, `cipher`, `tokens`, `permits`.
 
 pub mod analyses;
 pub mod cipher;
@@ -19,6 +20,7 @@ pub(crate) mod connection;
 mod error;
 mod migrate;
 pub mod models;
+mod permits;
 #[rustfmt::skip]
 pub(crate) mod schema;
 pub mod sql_types;

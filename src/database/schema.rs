@@ -40,6 +40,16 @@ diesel::table! {
 diesel::table! {
     use crate::database::sql_types::*;
 
+    permits (scope, holder) {
+        scope -> Text,
+        holder -> Text,
+        ends_ms -> Int8,
+    }
+}
+
+diesel::table! {
+    use crate::database::sql_types::*;
+
     user_tokens (user_id, host) {
         user_id -> Text,
         host -> Text,
@@ -51,4 +61,4 @@ diesel::table! {
 
 diesel::joinable!(contributors -> analyses (analysis_id));
 
-diesel::allow_tables_to_appear_in_same_query!(analyses, contributors, user_tokens);
+diesel::allow_tables_to_appear_in_same_query!(analyses, contributors, permits, user_tokens,);

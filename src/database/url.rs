@@ -88,6 +88,14 @@ impl DatabaseUrl {
         }
     }
 
+    /// The file, if it is one, in one spelling for all who name it.
+    pub fn file(&self) -> Option<PathBuf> {
+        match &self.place {
+            Place::Postgres(_) => None,
+            Place::Sqlite(path) => Some(std::path::absolute(path).unwrap_or_else(|_| path.clone())),
+        }
+    }
+
     /// A database in this file.
     pub fn sqlite(path: impl Into<PathBuf>) -> Self {
         let path = path.into();

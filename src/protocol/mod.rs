@@ -4,7 +4,8 @@
 //! transport is decoded by [`message`] with the help of [`compression`] and [`serialization`]
 //! (whose JSON reader is [`json`]) into a [`message::Message`] with its [`signature`]s;
 //! [`arguments`] binds its arguments as Python would; [`exception`], [`state`] and [`saferepr`]
-//! say how it ended; [`publish`] builds what is sent next. [`mask`] keeps secrets out of all
+//! say how it ended; [`publish`] builds what is sent next;
+//! [`permit`] is how workers count what runs. [`mask`] keeps secrets out of all
 //! texts on the way.
 //!
 //! Answers for: `celery.app.amqp`, `celery.worker.strategy`, `celery.worker.request` (decoding
@@ -20,6 +21,7 @@ pub mod mask;
 pub mod message;
 mod msgpack;
 pub mod nodename;
+pub mod permit;
 pub mod publish;
 pub mod saferepr;
 pub mod serialization;

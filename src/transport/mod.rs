@@ -17,10 +17,10 @@ use serde_json::Value;
 use tokio::sync::mpsc;
 
 use crate::protocol::envelope::Envelope;
+use crate::protocol::permit;
 
 pub mod amqp;
 pub mod entity;
-pub mod permit;
 pub mod redis;
 pub mod url;
 

@@ -298,12 +298,13 @@ async fn compute(
     let threads = worker.blame_threads();
     let job = call.job(&worker.settings, directory.path().to_owned(), threads);
     let payload = serde_json::to_value(Work { job, known }).expect("because a job is plain data");
+    let [hard_limit, soft_limit] = request.time_left();
     let job = Job {
         id: request.id().to_owned(),
         name: request.name.to_owned(),
         payload,
-        soft_limit: request.soft_limit(),
-        hard_limit: request.hard_limit(),
+        soft_limit,
+        hard_limit,
         directory: Some(directory.path().to_owned()),
     };
     let (sender, mut events) = mpsc::unbounded_channel();
@@ -366,13 +367,7 @@ fn on_event(
             report::progress(worker, request, &meta);
             return Some(meta);
         }
-        Event::SoftLimit => {
-            let seconds = request.soft_limit().unwrap_or_default().as_secs_f64();
-            log::warn!(
-                "Soft time limit ({seconds}s) exceeded for {}",
-                request.label()
-            );
-        }
+        Event::SoftLimit => report::soft_limit(request),
         Event::Log { level, text } => {
             log::log!(level, "Task {}: {}", request.label(), request.mask(&text))
         }
@@ -400,9 +395,7 @@ async fn judge(
     match outcome {
         Outcome::Success(_) => unreadable(request, "nobody read it"),
         Outcome::Failure(failed) => failed_verdict(worker, request, failed),
-        Outcome::HardTimeLimit(limit) => {
-            Verdict::TimedOut(Exception::time_limit(limit.as_secs_f64()))
-        }
+        Outcome::HardTimeLimit(_) => timed_out(request),
         Outcome::Lost { reason } => {
             let exception = Exception::worker_lost(&reason);
             let retries = request.message.retries;
@@ -429,7 +422,14 @@ async fn judge(
     }
 }
 
-fn failure(request: &Request, exception: Exception, stage: &str) -> Verdict {
+/// The hard time limit is over.
+pub fn timed_out(request: &Request) -> Verdict {
+    let limit = request.hard_limit().unwrap_or_default();
+    Verdict::TimedOut(Exception::time_limit(limit.as_secs_f64()))
+}
+
+/// The task failed in the worker's own hands.
+pub fn failure(request: &Request, exception: Exception, stage: &str) -> Verdict {
     let traceback = report::traceback(request, &exception, stage, None);
     Verdict::Failure(exception.with_traceback(traceback))
 }

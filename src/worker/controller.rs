@@ -124,7 +124,10 @@ pub async fn run(
     let worker = Arc::new(Worker {
         registry: Registry::new(&blueprint.settings),
         link: super::link::Link::new(&blueprint.settings),
-        permits: super::permits::Permits::new(&blueprint.settings),
+        permits: super::permits::Permits::new(
+            &blueprint.settings,
+            blueprint.database.url().clone(),
+        ),
         flights: super::reuse::Flights::default(),
         token_keys: blueprint.token_keys,
         autoscaler: autoscaler(&blueprint.settings, blueprint.autoscale),
@@ -162,7 +165,7 @@ pub async fn run(
         purge: blueprint.purge,
     });
     tokio::spawn(prepare_database(worker.clone()));
-    tokio::spawn(super::permits::renew(worker.clone()));
+    tokio::spawn(super::permits::keep(worker.clone()));
     tokio::spawn(autoscale::run(worker.clone(), stopping.clone()));
     if let Some(file) = blueprint.state_db.clone() {
         tokio::spawn(statedb::keep(worker.clone(), file));
@@ -194,6 +197,7 @@ pub async fn run(
         }
     };
     worker.state.close();
+    worker.permits.give_back().await;
     if let Some(file) = blueprint.state_db
         && let Err(error) = file.save(&worker.revoked, &worker.clock)
     {

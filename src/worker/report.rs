@@ -114,6 +114,15 @@ fn short_repr(request: &Request, value: &Value) -> String {
     request.mask(&saferepr(value, MAX_LENGTH, MAX_LEVELS))
 }
 
+/// The soft time limit is over.
+pub fn soft_limit(request: &Request) {
+    let seconds = request.soft_limit().unwrap_or_default().as_secs_f64();
+    log::warn!(
+        "Soft time limit ({seconds}s) exceeded for {}",
+        request.label()
+    );
+}
+
 /// The log line that belongs to the end of a request.
 pub fn ended(request: &Request, ending: &Ending) {
     let label = request.label();

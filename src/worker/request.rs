@@ -5,7 +5,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use chrono::Utc;
 use secrecy::zeroize::Zeroize;
@@ -50,10 +50,11 @@ struct Changing {
     started: Option<f64>,
 }
 
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 struct Limits {
     hard: Option<Duration>,
     soft: Option<Duration>,
+    since: Instant,
 }
 
 /// A task message and everything this worker knows of it.
@@ -309,17 +310,28 @@ impl Request {
             .soft_time_limit
             .and_then(seconds)
             .or(options.soft_time_limit);
-        self.limits.get_or_init(|| Limits { hard, soft });
+        let since = Instant::now();
+        self.limits.get_or_init(|| Limits { hard, soft, since });
     }
 
     /// Hard time limit, once it is accepted.
     pub fn hard_limit(&self) -> Option<Duration> {
-        self.limits.get().copied().unwrap_or_default().hard
+        self.limits.get()?.hard
     }
 
     /// Soft time limit, once it is accepted.
     pub fn soft_limit(&self) -> Option<Duration> {
-        self.limits.get().copied().unwrap_or_default().soft
+        self.limits.get()?.soft
+    }
+
+    /// What is left of the hard and of the soft time limit. They begin when it is accepted, also
+    /// where it waits for somebody else's work before its own.
+    pub fn time_left(&self) -> [Option<Duration>; 2] {
+        let Some(limits) = self.limits.get() else {
+            return [None, None];
+        };
+        let spent = limits.since.elapsed();
+        [limits.hard, limits.soft].map(|limit| Some(limit?.saturating_sub(spent)))
     }
 
     /// Whether its time has passed.

@@ -14,12 +14,13 @@ use chrono::{DateTime, Utc};
 use serde_json::Value;
 use tokio::sync::watch;
 
-use super::Worker;
 use super::effects::Verdict;
 use super::request::Request;
+use super::{Worker, analyze, report};
 use crate::analysis::Report;
 use crate::config::Settings;
 use crate::database::Analysis;
+use crate::protocol::exception::Exception;
 use crate::tasks::analyze_repo::Call;
 use crate::tasks::registry::seconds;
 
@@ -118,7 +119,7 @@ pub async fn follow(request: &Request, mut landing: Landing) -> Followed {
     }
 }
 
-/// Waits until the request is to end although no child works on it.
+/// Waits until the request is to end although no child works on it: by its time limits, too.
 pub async fn stopped(request: &Request) -> Verdict {
     loop {
         if request.fenced() {
@@ -133,26 +134,36 @@ pub async fn stopped(request: &Request) -> Verdict {
                 signal: Some(signal),
             };
         }
+        let [hard, soft] = request.time_left();
+        if hard.is_some_and(|left| left.is_zero()) {
+            return analyze::timed_out(request);
+        }
+        if soft.is_some_and(|left| left.is_zero()) {
+            report::soft_limit(request);
+            let stage = "waiting for the analysis of the same repository";
+            return analyze::failure(request, Exception::soft_time_limit(), stage);
+        }
         tokio::time::sleep(LOOK).await;
     }
 }
 
 impl Known {
-    /// A whole history's report; an empty repository has none that could stay the same.
+    /// A report of this worker's, or of another for the whole history; an empty repository has
+    /// none that could stay the same.
     pub fn of(report: Arc<Report>) -> Option<Self> {
-        let head = report.head.clone().filter(|_| !report.shallow)?;
         Some(Self {
-            head,
+            head: report.head.clone()?,
             report,
             stored: None,
         })
     }
 }
 
-/// `RESULT_REUSE_TTL`: how old a stored analysis may be to answer. `None`: none answers.
-pub fn age(settings: &Settings) -> Option<Duration> {
-    // What is cut off is approximate and differs with the depth.
-    seconds(settings.result_reuse_ttl).filter(|_| settings.clone_depth.is_none())
+/// `RESULT_REUSE_TTL`: since when an analysis may have been stored to answer. `None`: none answers
+/// that is done when it is asked for.
+pub fn since(settings: &Settings) -> Option<DateTime<Utc>> {
+    let age = chrono::Duration::from_std(seconds(settings.result_reuse_ttl)?).ok()?;
+    Utc::now().checked_sub_signed(age)
 }
 
 /// The stored analysis that answers if HEAD has not moved, or that the database cannot be asked.
@@ -160,10 +171,8 @@ pub async fn stored(
     worker: &Worker,
     request: &Request,
     call: &Call,
-    age: Duration,
+    since: DateTime<Utc>,
 ) -> Result<Option<Known>, NotAsked> {
-    let age = chrono::Duration::from_std(age).map_err(|_| NotAsked)?;
-    let since = Utc::now().checked_sub_signed(age).ok_or(NotAsked)?;
     let find = async {
         let database = worker.database().await?;
         let branch = worker.settings.clone_branch.as_deref();

@@ -7,12 +7,12 @@
 //! ```
 //!
 //! Over all workers only the database carries what was found, so the lease is kept until it is
-//! there, and taken only where a stored analysis may answer. It saves work and guards nothing:
-//! where the broker cannot tell, the work is done.
+//! there. Without `RESULT_REUSE_TTL` only that answers which was stored while the task waited. The
+//! lease saves work and guards nothing: where nobody can tell, the work is done.
 
 use std::sync::Arc;
 
-use chrono::Utc;
+use chrono::{DateTime, Utc};
 
 use super::Worker;
 use super::effects::Verdict;
@@ -44,13 +44,14 @@ pub async fn wait(
     call: &Call,
     slot: Slot,
 ) -> Result<Turn, Verdict> {
+    let arrived = Utc::now();
     let mut slot = Some(slot);
     let (mut known, mut lead, mut lease) = (None, None, None);
     if let Some(repository) = call.repository(&worker.settings) {
         match join(worker, request, &repository, &mut slot).await? {
             Joined::First(first) => {
                 lead = Some(first);
-                (known, lease) = look(worker, request, call, &mut slot).await?;
+                (known, lease) = look(worker, request, call, &mut slot, arrived).await?;
             }
             Joined::Landed(report) => known = Known::of(report),
         }
@@ -106,12 +107,12 @@ async fn join(
 }
 
 /// Tells databases apart that do not see each other's rows: a server is one for all workers,
-/// however each of them spells its address; a file is counted as one worker's own.
+/// however each of them spells its address; a file is one for those on its machine.
 fn reach(worker: &Worker) -> String {
-    let url = worker.database.url();
-    match url.kind() {
-        "sqlite" => format!("{} {url}", worker.node),
-        _ => String::new(),
+    let machine = worker.node.split_once('@').map_or("", |(_, host)| host);
+    match worker.database.url().file() {
+        Some(path) => format!("{machine} {}", path.display()),
+        None => String::new(),
     }
 }
 
@@ -121,10 +122,12 @@ async fn look(
     request: &Arc<Request>,
     call: &Call,
     slot: &mut Option<Slot>,
+    arrived: DateTime<Utc>,
 ) -> Result<(Option<Known>, Option<Permit>), Verdict> {
-    let Some(age) = reuse::age(&worker.settings) else {
+    // What is cut off differs with the depth, which is not stored.
+    if worker.settings.clone_depth.is_some() {
         return Ok((None, None));
-    };
+    }
     let name = call.fingerprint(&worker.settings, &reach(worker));
     let mut waits = None;
     let lease = loop {
@@ -136,7 +139,7 @@ async fn look(
         }
         if waits.is_none() {
             drop(slot.take());
-            waits = Some((Utc::now(), Parked::new(worker, request)));
+            waits = Some(Parked::new(worker, request));
             log::info!(
                 "Task {} waits for the analysis of the same repository that is under way in \
                  another worker",
@@ -147,13 +150,22 @@ async fn look(
             return Err(verdict);
         }
     };
-    let known = match reuse::stored(worker, request, call, age).await {
+    // Whoever waited, here or there, has let the slot go.
+    let waited = slot.is_none().then_some(arrived);
+    let Some(since) = reuse::since(&worker.settings)
+        .into_iter()
+        .chain(waited)
+        .min()
+    else {
+        return Ok((None, lease));
+    };
+    let known = match reuse::stored(worker, request, call, since).await {
         Ok(known) => known,
         // Nobody would find what this task stores.
         Err(reuse::NotAsked) => return Ok((None, None)),
     };
     let stored = known.as_ref().and_then(|known| known.stored);
-    let fresh = waits.is_some_and(|(since, _)| stored.is_some_and(|stored| stored >= since));
+    let fresh = waited.is_some_and(|since| stored.is_some_and(|stored| stored >= since));
     // What others waited for is there: all of them may ask at once whether it stands.
     Ok((known, lease.filter(|_| !fresh)))
 }

@@ -86,7 +86,7 @@ async fn places() -> Vec<Place> {
         },
     ];
     for place in &places {
-        assert_eq!(place.database.migrate().await.unwrap().len(), 3);
+        assert_eq!(place.database.migrate().await.unwrap().len(), 4);
         assert!(place.database.migrate().await.unwrap().is_empty());
         place.database.ping().await.unwrap();
     }
@@ -195,6 +195,54 @@ async fn a_success_needs_no_beginning_and_is_final() {
         let after = database.find("t-2").await.unwrap().unwrap();
         assert_eq!(after.head_commit, row.head_commit);
         assert_eq!(database.recent(10).await.unwrap().len(), 1);
+    }
+    leave(places).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_id_that_is_given_to_another_request_begins_anew() {
+    let places = places().await;
+    for Place { database, .. } in &places {
+        let first = run("t-9");
+        database.succeed(&first, &completed()).await.unwrap();
+        let of_user = |user: Option<&str>, url: &str| Run {
+            user_id: user.map(str::to_owned),
+            repo_url: url.to_owned(),
+            ..run("t-9")
+        };
+        let same = of_user(Some("7"), &first.repo_url);
+        let begun = database.begin(&same).await.unwrap();
+        assert!(matches!(begun, Begun::AlreadySucceeded(_)), "{begun:?}");
+        let others = [
+            of_user(Some("7"), "https://git.example/o/other"),
+            of_user(Some("8"), "https://git.example/o/other"),
+            of_user(None, "https://git.example/o/other"),
+            of_user(Some("7"), "https://git.example/o/other"),
+        ];
+        for other in &others {
+            let begun = database.begin(other).await.unwrap();
+            assert_eq!(begun, Begun::Running { attempt: 1 });
+            let row = database.find("t-9").await.unwrap().unwrap();
+            assert_eq!(
+                (&row.repo_url, &row.user_id),
+                (&other.repo_url, &other.user_id)
+            );
+            assert_eq!((row.result, row.head_commit), (None, None));
+            assert!(database.contributors(row.id).await.unwrap().is_empty());
+            database.succeed(other, &completed()).await.unwrap();
+        }
+        // Without a beginning, as after one that the database missed.
+        let ended = Ended {
+            state: State::Failure,
+            error: "gone".to_owned(),
+            finished_at: now(),
+        };
+        assert!(database.fail(&first, &ended).await.unwrap());
+        let row = database.find("t-9").await.unwrap().unwrap();
+        assert_eq!(
+            (row.repo_url, row.state.as_str()),
+            (first.repo_url, "FAILURE")
+        );
     }
     leave(places).await;
 }

@@ -28,7 +28,8 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("config", &[]),
     ("protocol", &[]),
     ("transport", &["config", "protocol"]),
-    ("database", &["config"]),
+    // Permits are counted by either in the same words.
+    ("database", &["config", "protocol"]),
     ("git", &[]),
     ("backend", &["config", "protocol", "transport", "database"]),
     ("pidbox", &["protocol", "transport"]),

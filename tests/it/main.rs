@@ -47,7 +47,7 @@ mod control;
 mod control_fuzz;
 /// The words of its answers.
 mod control_words;
-/// Limits and turns of users, and work that is done once.
+/// Limits and turns of users.
 mod fairness;
 /// Real clones over HTTP.
 mod fetch_clone;
@@ -59,6 +59,8 @@ mod fetch_tls;
 mod fetch_tricks;
 /// The URLs strangers send.
 mod fetch_urls;
+/// Work that is done once.
+mod flights;
 /// The import table, the doors and the module docs of the source tree.
 mod floors;
 /// The generator of random histories.
@@ -71,6 +73,8 @@ mod lifecycle;
 mod markers;
 /// Malformed messages and random bytes.
 mod messages;
+/// Permits where a database counts them.
+mod permits;
 /// Result backends, read back by the Python client.
 mod results;
 /// Tasks that are tried again, beside a Python worker's.

@@ -14,7 +14,7 @@ use super::fetch::{Popper, Tracker};
 use super::publish::outgoing;
 use super::reply::{texts, transaction};
 use super::{keys, mailbox, message, permits, revoked};
-use crate::transport::permit::{Answer, Ask, Scope};
+use crate::protocol::permit::{Answer, Ask, Scope};
 use crate::transport::{
     Channel, Delivery, Error, ExchangeKind, IdleSlots, Incoming, Notes, Publication, Queue,
     QueueStatus, Tag,

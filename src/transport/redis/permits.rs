@@ -13,8 +13,8 @@ use redis::{Cmd, Value};
 
 use super::core::Core;
 use super::keys::Keys;
+use crate::protocol::permit::{Answer, Ask, LEASE, Scope};
 use crate::transport::Error;
-use crate::transport::permit::{Answer, Ask, LEASE, Scope};
 
 /// KEYS: running, started. ARGV: permit, task, most that run, milliseconds of a lease, most that
 /// start, milliseconds of their window. Returns 0, or 1 and how many run, or 2 and after how many

@@ -11,6 +11,7 @@ pub mod raw;
 pub mod redis_server;
 pub mod repository;
 pub mod services;
+pub mod shared;
 pub mod tls_front;
 pub mod waiting;
 pub mod worker;
@@ -23,6 +24,7 @@ pub use rabbit_server::RabbitServer;
 pub use raw::Raw;
 pub use redis_server::{RedisServer, fixed_port};
 pub use repository::Repository;
+pub use shared::Shared;
 pub use tls_front::TlsFront;
 pub use waiting::wait_for;
 #[allow(unused_imports, reason = "used as soon as the worker runs")]

@@ -1,10 +1,9 @@
-//! Counting what runs for each user and at each repository, over all workers of one broker.
+//! Counting what runs for each user and at each repository, over all workers: by the broker
+//! where it can count (Redis with scripts), else by the database.
 //!
-//! A permit is a lease: whoever holds one says so every second ([`Channel::renew_permits`]), and
-//! one that nobody speaks for ends after [`LEASE`]. A worker that dies thus gives back what it
-//! held without anybody's help. Knows nothing of tasks; who may run what is the worker's affair.
-//!
-//! [`Channel::renew_permits`]: super::Channel::renew_permits
+//! A permit is a lease: whoever holds one says so every [`RENEWAL`], and one that nobody speaks for
+//! ends after [`LEASE`]. A worker that dies thus gives back what it held without anybody's help.
+//! Knows nothing of tasks; who may run what is the worker's affair.
 
 use std::time::Duration;
 
@@ -55,6 +54,6 @@ pub enum Answer {
     TooMany(u64),
     /// So many were started already; the next may start after this time.
     TooSoon(Duration),
-    /// This broker cannot count.
+    /// Whoever was asked cannot count.
     Unable,
 }

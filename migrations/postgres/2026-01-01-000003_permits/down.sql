@@ -1,0 +1,3 @@
+DROP FUNCTION take_permit;
+DROP FUNCTION permits_now;
+DROP TABLE permits;
