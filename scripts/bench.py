@@ -23,6 +23,7 @@ SERVER = sys.argv[1].rsplit("/", 1)[0]
 TASKS = int(os.environ.get("BENCH_TASKS", "10000"))
 CALLS = 500
 STARTS = 5
+HELD = 20_000
 OPTIONS = shlex.split(os.environ.get("BENCH_OPTIONS", ""))
 CELERIAC = os.path.abspath(os.environ["BENCH_CELERIAC"])
 PYTHON = os.path.dirname(sys.executable)
@@ -216,6 +217,21 @@ class Contender:
         self.stop()
         return kilobytes / 1024, processes
 
+    def held(self):
+        """Bytes for each task that waits in the worker for its time."""
+        self.clear()
+        self.start(1)
+        until("an answer", 60, self.answers, pause=0)
+        before = pss(self.process.pid)
+        with self.app.producer_pool.acquire(block=True) as producer:
+            for number in range(HELD):
+                self.app.send_task("test_task", args=[f"message {number}"], countdown=3600,
+                                   producer=producer)
+        until("all tasks in the worker", 300, lambda: self.queue.hlen("unacked") >= HELD, pause=0.1)
+        grown = pss(self.process.pid) - before
+        self.stop()
+        return 1024 * grown / HELD
+
 
 class OverRabbitMQ(Contender):
     """The same worker with RabbitMQ for messages; results go to Redis, or come as messages."""
@@ -297,6 +313,7 @@ def main():
         client = contender.client()
         memory, processes = contender.memory()
         columns[name] = [contender.throughput(), median, worst, client, memory, processes,
+                         contender.held(),
                          median_of(contender.first_answer), median_of(contender.first_result),
                          os.path.getsize(CELERIAC) / 1e6 if name == "celeriac" else installed_size()]
         contender.clear()
@@ -307,6 +324,7 @@ def main():
         ("  of which the client alone, median, ms", "{:.2f}", None),
         ("idle memory (PSS), concurrency 4, MiB", "{:.1f}", False),
         ("  processes", "{:.0f}", None),
+        (f"memory for each of {HELD:,} ETA tasks, bytes", "{:,.0f}", False),
         (f"start → answers a ping, median of {STARTS}, ms", "{:.0f}", False),
         (f"start → first result, median of {STARTS}, ms", "{:.0f}", False),
         ("size: packages without Python / binary, MB", "{:.1f}", False),
