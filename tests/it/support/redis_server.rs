@@ -88,11 +88,11 @@ impl RedisServer {
             if process.try_wait().expect("it is our child").is_some() {
                 return Some(false);
             }
-            let info: redis::InfoDict = redis::cmd("INFO")
-                .arg("server")
-                .query(&mut self.connection().ok()?)
-                .ok()?;
-            (info.get::<u32>("process_id")? == own).then_some(true)
+            let mut connection = self.connection().ok()?;
+            let info: redis::InfoDict = redis::cmd("INFO").query(&mut connection).ok()?;
+            // It tells this also before it has read what it wrote down.
+            let ready = info.get::<u32>("process_id")? == own && info.get::<u8>("loading")? == 0;
+            ready.then_some(true)
         });
         self.process = Some(process);
         runs
